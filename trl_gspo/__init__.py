@@ -1,0 +1,27 @@
+"""GSPO for Hugging Face TRL. Source: Group Sequence Policy Optimization, https://huggingface.co/papers/2507.18071"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+
+__version__ = "0.1.0.dev0"
+
+# Resolved on first use: the functional form (`trl_gspo.objective`) must not pay for, or need, TRL.
+_LAZY = {"GSPOConfig": "config", "GSPOTrainer": "trainer", "gspo_loss": "objective"}
+
+__all__ = ["GSPOConfig", "GSPOTrainer", "gspo_loss"]
+
+if TYPE_CHECKING:
+    from .config import GSPOConfig
+    from .objective import gspo_loss
+    from .trainer import GSPOTrainer
+
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,297 @@
+"""`GSPOConfig`: TRL's `GRPOConfig` with GSPO's defaults, what is refused, and what is warned of."""
+
+import copy
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from accelerate.logging import get_logger
+
+from .host import GRPOConfig
+from .objective import EPSILON_HIGH, EPSILON_LOW, check_epsilon
+
+
+logger = get_logger(__name__)
+
+# Minibatches for each rollout batch: GSPO, section 5.1.
+MINIBATCHES_PER_ROLLOUT = 4
+
+# The spread of the sequence ratio falls with the square root of the length. Above both of these a clip range is a
+# token-level one, and never clips.
+_WIDE_EPSILON = 0.01
+_LONG_COMPLETION = 128
+
+_LOSS_TYPES = ("grpo", "luspo")
+_REFUSED_LOSS_TYPES = {
+    "dapo": "divides by the tokens of the batch, which weights each sequence by its length",
+    "bnpo": "divides by the tokens of the batch, which weights each sequence by its length",
+    "dr_grpo": "divides by a constant number of tokens, which weights each sequence by its length",
+    "cispo": "clips the weight of a policy gradient, not the objective",
+    "sapo": "replaces the clip with a soft gate for each token",
+    "vespo": "replaces the clip with a weight on the product of the token ratios, not on their geometric mean",
+}
+_COMING_LEVELS = ("sequence_token", "turn")
+
+# Read by TRL under the loss types that are refused here, and by nothing else.
+_FOREIGN_LOSS_FIELDS = (
+    "sapo_temperature_neg",
+    "sapo_temperature_pos",
+    "vespo_k_neg",
+    "vespo_k_pos",
+    "vespo_lambda_neg",
+    "vespo_lambda_pos",
+)
+
+
+def _trl_default(name: str) -> Any:
+    return GRPOConfig.__dataclass_fields__[name].default
+
+
+@dataclass
+class GSPOConfig(GRPOConfig):
+    r"""
+    Configuration of [`GSPOTrainer`].
+
+    All parameters of TRL's `GRPOConfig`, of which only the defaults below change. The paper is Group Sequence Policy
+    Optimization, https://huggingface.co/papers/2507.18071.
+
+    Parameters:
+        importance_sampling_level (`str`, *optional*, defaults to `"sequence"`):
+            Unit of the importance ratio. `"sequence"`: the geometric mean of the token ratios, one value for each
+            completion (equation 7 of the paper).
+        loss_type (`str`, *optional*, defaults to `"grpo"`):
+            How sequences are averaged. `"grpo"`: each sequence counts the same (equation 5 of the paper). `"luspo"`:
+            each sequence is weighted by its length on purpose (https://huggingface.co/papers/2602.05261).
+        epsilon (`float`, *optional*, defaults to `3e-4`):
+            Width of the clip range of the sequence ratio below 1 (section 5.1 of the paper). Completions of a few
+            tokens need a wider one: the spread of the ratio falls with the square root of the length.
+        epsilon_high (`float` or `None`, *optional*, defaults to `4e-4`):
+            Width of the clip range above 1 (section 5.1 of the paper). `None` takes `epsilon`.
+        beta (`float`, *optional*, defaults to `0.0`):
+            KL coefficient. The objective of the paper (equation 5) is stated without a KL term; as in TRL, the
+            reference model is then not loaded.
+        steps_per_generation (`int`, *optional*):
+            Micro-batches for each rollout batch. If neither it nor `generation_batch_size` is set, four times
+            `gradient_accumulation_steps`, so that a rollout batch gives four optimizer steps (section 5.1 of the
+            paper). With one optimizer step the ratio is exactly 1 and nothing is ever clipped.
+        disable_dropout (`bool`, *optional*, defaults to `True`):
+            Whether to turn dropout off. Under dropout the same weights give other log-probabilities on each forward,
+            which moves the ratio past the clip range before any update.
+
+    Raises:
+        ValueError: if an epsilon is not finite or not in (0, 1), if `loss_type` or `importance_sampling_level` is
+            not GSPO's, or if an option is set that only a refused loss type reads.
+    """
+
+    importance_sampling_level: str = field(
+        default="sequence",
+        metadata={
+            "help": "Unit of the importance ratio. 'sequence': the geometric mean of the token ratios, one value for "
+            "each completion (GSPO paper, equation 7)."
+        },
+    )
+    loss_type: str = field(
+        default="grpo",
+        metadata={
+            "help": "How sequences are averaged. 'grpo': each sequence counts the same (GSPO paper, equation 5). "
+            "'luspo': each sequence is weighted by its length on purpose "
+            "(https://huggingface.co/papers/2602.05261). The others are refused."
+        },
+    )
+    epsilon: float = field(
+        default=EPSILON_LOW,
+        metadata={
+            "help": "Width of the clip range of the sequence ratio below 1 (GSPO paper, section 5.1: 3e-4). "
+            "Completions of a few tokens need a wider one."
+        },
+    )
+    epsilon_high: float | None = field(
+        default=EPSILON_HIGH,
+        metadata={
+            "help": "Width of the clip range of the sequence ratio above 1 (GSPO paper, section 5.1: 4e-4). None "
+            "takes `epsilon`."
+        },
+    )
+    beta: float = field(
+        default=0.0,
+        metadata={
+            "help": "KL coefficient. The objective of the GSPO paper (equation 5) is stated without a KL term; the "
+            "reference model is then not loaded."
+        },
+    )
+    steps_per_generation: int | None = field(
+        default=None,
+        metadata={
+            "help": "Micro-batches for each rollout batch. If neither it nor `generation_batch_size` is set, four "
+            "times `gradient_accumulation_steps`: four optimizer steps a rollout (GSPO paper, section 5.1). With one "
+            "optimizer step the ratio is exactly 1."
+        },
+    )
+    disable_dropout: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether to turn dropout off. Dropout alone moves the sequence ratio past the clip range (GSPO "
+            "paper, section 5.1: 3e-4 and 4e-4)."
+        },
+    )
+
+    def __post_init__(self):
+        self._refuse()
+        if self.steps_per_generation is None and self.generation_batch_size is None:
+            self.steps_per_generation = MINIBATCHES_PER_ROLLOUT * self.gradient_accumulation_steps
+        super().__post_init__()
+        for message in self._doubts():
+            logger.warning_once(message)
+
+    def _refuse(self) -> None:
+        """Raises `ValueError` for what is not GSPO."""
+        check_epsilon("epsilon", self.epsilon)
+        if self.epsilon_high is not None:
+            check_epsilon("epsilon_high", self.epsilon_high)
+        if self.loss_type not in _LOSS_TYPES:
+            reason = _REFUSED_LOSS_TYPES.get(self.loss_type, "is not known")
+            raise ValueError(
+                f"`loss_type={self.loss_type!r}` is refused: it {reason}. GSPO averages over sequences: set "
+                "`loss_type='grpo'`, or `'luspo'` to weight by length on purpose."
+            )
+        if self.importance_sampling_level in _COMING_LEVELS:
+            raise ValueError(
+                f"`importance_sampling_level={self.importance_sampling_level!r}` belongs to GSPO-token, which this "
+                "version does not have yet. Set `importance_sampling_level='sequence'`."
+            )
+        if self.importance_sampling_level != "sequence":
+            reason = "is GRPO" if self.importance_sampling_level == "token" else "is not known"
+            raise ValueError(
+                f"`importance_sampling_level={self.importance_sampling_level!r}` is refused: it {reason}. Set "
+                "`importance_sampling_level='sequence'`, or use TRL's `GRPOTrainer`."
+            )
+        for name in _FOREIGN_LOSS_FIELDS:
+            if getattr(self, name) != _trl_default(name):
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` is refused: only `loss_type={name.split('_')[0]!r}` reads it, "
+                    "which is not GSPO. Remove it."
+                )
+
+    def _doubts(self) -> Iterator[str]:
+        """One sentence for each setting that runs but is most likely not what was meant."""
+        completion_length = self.max_completion_length
+        is_long = completion_length is None or completion_length > _LONG_COMPLETION
+        for name in ("epsilon", "epsilon_high"):
+            value = getattr(self, name)
+            if is_long and value is not None and value > _WIDE_EPSILON:
+                yield (
+                    f"`{name}={value}` is a token-level clip range, which never clips the ratio of a whole sequence "
+                    f"(`max_completion_length={completion_length}`): set `epsilon={EPSILON_LOW}` and `epsilon_high={EPSILON_HIGH}`."
+                )
+        if self.epsilon_high is not None and self.epsilon_high < self.epsilon:
+            yield (
+                f"`epsilon_high={self.epsilon_high}` is narrower than `epsilon={self.epsilon}`, the opposite of the "
+                "paper's: set both, or `epsilon_high=None` for the same on both sides."
+            )
+        if self.gradient_accumulation_steps % (self.steps_per_generation * self.num_iterations) == 0:
+            yield (
+                f"`steps_per_generation={self.steps_per_generation}` with "
+                f"`gradient_accumulation_steps={self.gradient_accumulation_steps}` takes one optimizer step from each "
+                "rollout batch, so the ratio is exactly 1 and GSPO does nothing: set `steps_per_generation="
+                f"{MINIBATCHES_PER_ROLLOUT * self.gradient_accumulation_steps}`."
+            )
+        if self.use_vllm and self.vllm_importance_sampling_correction:
+            if self.vllm_importance_sampling_mode.startswith("sequence_"):
+                yield (
+                    f"`vllm_importance_sampling_mode={self.vllm_importance_sampling_mode!r}` multiplies the ratios of "
+                    "all tokens, so long sequences fall out of the bounds by rounding alone: set "
+                    "`vllm_importance_sampling_mode='token_truncate'`."
+                )
+            if self.top_p < 1.0 or self.top_k > 0 or self.min_p:
+                yield (
+                    f"`top_p={self.top_p}`, `top_k={self.top_k}`, `min_p={self.min_p}` truncate what vLLM samples, "
+                    "which biases its importance ratio: set `top_p=1.0`, `top_k=0` and `min_p=None`, or "
+                    "`vllm_importance_sampling_correction=False`."
+                )
+        if not self.disable_dropout:
+            yield (
+                "`disable_dropout=False` lets dropout, LoRA's too, move the ratio past the clip range before any "
+                "update: set `disable_dropout=True`."
+            )
+
+    @classmethod
+    def from_grpo(cls, config: GRPOConfig, **changes: Any) -> "GSPOConfig":
+        """
+        Converts a `GRPOConfig`, so that it trains GSPO.
+
+        What still has TRL's default takes GSPO's. What was chosen is kept unless it contradicts GSPO: a refused
+        `loss_type` becomes `"grpo"`, an epsilon outside (0, 1) takes the paper's value, and the options of refused
+        loss types go back to their defaults. An `epsilon` that was chosen alone stays the width on both sides, as in
+        TRL. One log message lists every field that changed, with its old and its new value.
+
+        Args:
+            config (`GRPOConfig`): left as it is. A `GSPOConfig` is copied with `changes` and nothing else.
+            **changes (`Any`): fields that win over `config`.
+
+        Returns:
+            `GSPOConfig`: a new object.
+
+        Raises:
+            TypeError: if `config` is not a `GRPOConfig`, or a change names no field.
+            ValueError: if a change is refused by [`GSPOConfig`].
+        """
+        if not isinstance(config, GRPOConfig):
+            raise TypeError(f"`config` must be a `trl.GRPOConfig`, got `{type(config).__name__}`.")
+        names = [spec.name for spec in fields(cls) if spec.init]
+        unknown = sorted(set(changes) - set(names))
+        if unknown:
+            raise TypeError(f"`{cls.__name__}` has no field {', '.join(map(repr, unknown))}.")
+
+        values = {name: getattr(config, name) for name in names if hasattr(config, name)}
+        if not isinstance(config, GSPOConfig):
+            values |= cls._departures(config)
+        # `GRPOConfig` fills each of these from the other and refuses to be given both.
+        is_default = not isinstance(config, GSPOConfig) and (
+            config.steps_per_generation == config.gradient_accumulation_steps
+        )
+        values["generation_batch_size"] = None
+        if is_default or "generation_batch_size" in changes:
+            values["steps_per_generation"] = None
+        # transformers 5.23 resolved the old name into the new one, which would win over a change of the old.
+        for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+            new = old.replace("gradient", "activation")
+            if old in changes and new in values:
+                values[new] = None
+        values |= changes
+
+        with warnings.catch_warnings():
+            # Deprecations of the host's fields were announced when `config` was made.
+            warnings.simplefilter("ignore", FutureWarning)
+            # Copied deeply, because both `__post_init__` and the trainer write into these.
+            converted = cls(**copy.deepcopy(values))
+        for spec in fields(config):  # what a subclass of `GRPOConfig` added
+            if spec.name not in cls.__dataclass_fields__:
+                setattr(converted, spec.name, getattr(config, spec.name))
+
+        changed = [
+            f"{name} {getattr(config, name)!r} -> {getattr(converted, name)!r}"
+            for name in names
+            if hasattr(config, name) and getattr(config, name) != getattr(converted, name)
+        ]
+        if changed:
+            logger.warning(f"{type(config).__name__} was converted to {cls.__name__}: {'; '.join(changed)}")
+        return converted
+
+    @classmethod
+    def _departures(cls, config: GRPOConfig) -> dict[str, Any]:
+        """What `config` must have otherwise to be GSPO."""
+        ours = {spec.name: spec.default for spec in fields(cls) if spec.name in cls.__annotations__}
+        values = {name: default for name, default in ours.items() if getattr(config, name) == _trl_default(name)}
+        # In TRL, `epsilon` alone is the width on both sides: whoever chose it chose both.
+        if "epsilon" not in values:
+            values.pop("epsilon_high", None)
+        for name in ("epsilon", "epsilon_high"):
+            value = getattr(config, name)
+            if value is not None and not 0 < value < 1:
+                values[name] = ours[name]
+        if config.loss_type not in _LOSS_TYPES:
+            values["loss_type"] = ours["loss_type"]
+        if config.importance_sampling_level != "sequence":
+            values["importance_sampling_level"] = ours["importance_sampling_level"]
+        return values | {name: _trl_default(name) for name in _FOREIGN_LOSS_FIELDS}

@@ -1,0 +1,134 @@
+"""
+Statistics of ratio and clipping: exact sums over micro-batches and ranks, divided once.
+
+Tensors stay on the device while the loss runs; a log costs one collective and one copy to the host. B sequences,
+T completion tokens; log-ratios in nats.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .objective import clip_masks, sequence_log_ratio
+
+
+# Over live sequences, those with a gradient to give: advantage not 0, at least one trained token.
+_SUMS = (
+    "sequences",
+    "live",
+    "clipped_low",
+    "clipped_high",
+    "tokens",
+    "clipped_tokens",
+    "excess",
+    "squared_excess",
+    "kl_old",
+)
+
+
+class RatioStatistics:
+    """
+    What the sequence ratio did since the last log.
+
+    `ratio - 1` is summed rather than `ratio`: near 1 the variance would drown in cancellation.
+    """
+
+    def __init__(self):
+        self._sums: Tensor | None = None
+        self._extremes: Tensor | None = None
+
+    def __bool__(self) -> bool:
+        return self._sums is not None
+
+    @torch.no_grad()
+    def update(
+        self,
+        per_token_logps: Tensor,
+        old_per_token_logps: Tensor,
+        advantages: Tensor,
+        mask: Tensor,
+        epsilon_low: float,
+        epsilon_high: float,
+    ) -> None:
+        """
+        Adds one micro-batch. Nothing is synchronised with the host.
+
+        Args:
+            per_token_logps (`Tensor`): `(B, T)`, nats, under the policy in training.
+            old_per_token_logps (`Tensor`): `(B, T)`, nats, under the policy that sampled.
+            advantages (`Tensor`): `(B,)`.
+            mask (`Tensor`): `(B, T)`, true on trained tokens.
+            epsilon_low (`float`): width of the clip range below 1, as the loss used it.
+            epsilon_high (`float`): width of the clip range above 1, as the loss used it.
+        """
+        mask = mask.bool()
+        # Counts of tokens outgrow float32's 24 bits within a few steps; Apple's GPUs have no float64.
+        dtype = torch.float32 if mask.device.type == "mps" else torch.float64
+        log_ratio = sequence_log_ratio(per_token_logps, old_per_token_logps, mask).squeeze(1)
+        ratio = torch.exp(log_ratio)
+        lengths = mask.sum(-1)
+        is_live = (advantages != 0) & (lengths > 0)
+        is_low, is_high = (m & is_live for m in clip_masks(ratio, advantages, epsilon_low, epsilon_high))
+        excess = torch.expm1(log_ratio.to(dtype)).masked_fill(~is_live, 0.0)
+        token_log_ratio = (per_token_logps.float() - old_per_token_logps.float()).masked_fill(~mask, 0.0)
+        per_token_kl = torch.expm1(token_log_ratio) - token_log_ratio
+        live_lengths = lengths * is_live
+
+        sums = torch.stack(
+            [
+                torch.tensor(float(len(ratio)), dtype=dtype, device=ratio.device),
+                is_live.sum().to(dtype),
+                is_low.sum().to(dtype),
+                is_high.sum().to(dtype),
+                live_lengths.sum().to(dtype),
+                (live_lengths * (is_low | is_high)).sum().to(dtype),
+                excess.sum(),
+                excess.square().sum(),
+                (per_token_kl.to(dtype).sum(-1) * is_live).sum(),
+            ]
+        )
+        ratio = ratio.to(dtype)
+        extremes = torch.stack(
+            [
+                -ratio.masked_fill(~is_live, math.inf).amin(),
+                ratio.masked_fill(~is_live, -math.inf).amax(),
+            ]
+        )
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._extremes = extremes if self._extremes is None else torch.maximum(self._extremes, extremes)
+
+    def compute(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """
+        Metrics since the last call, over all ranks; then starts anew. All ranks must call it together.
+
+        Args:
+            gather (`Callable`): concatenates a 1-D tensor over the ranks, as `accelerator.gather` does.
+
+        Returns:
+            `dict[str, float]`: keyed as logged. NaN where there was no live sequence.
+        """
+        state = torch.cat([self._sums, self._extremes])
+        by_rank = gather(state).view(-1, len(state)).cpu().double()
+        sums = dict(zip(_SUMS, by_rank[:, : len(_SUMS)].sum(0).tolist(), strict=True))
+        negative_minimum, maximum = by_rank[:, len(_SUMS) :].amax(0).tolist()
+        self._sums = self._extremes = None
+
+        live = sums["live"] or math.nan
+        tokens = sums["tokens"] or math.nan
+        mean_excess = sums["excess"] / live
+        mean_squared_excess = sums["squared_excess"] / live
+        return {
+            "gspo/clip_fraction/sequences": (sums["clipped_low"] + sums["clipped_high"]) / live,
+            "gspo/clip_fraction/low": sums["clipped_low"] / live,
+            "gspo/clip_fraction/high": sums["clipped_high"] / live,
+            "gspo/clip_fraction/tokens": sums["clipped_tokens"] / tokens,
+            "gspo/ratio/mean": 1 + mean_excess,
+            "gspo/ratio/std": math.sqrt(max(mean_squared_excess - mean_excess**2, 0.0)),
+            "gspo/ratio/min": -negative_minimum if sums["live"] else math.nan,
+            "gspo/ratio/max": maximum if sums["live"] else math.nan,
+            "gspo/ratio/ess": (1 + mean_excess) ** 2 / (1 + 2 * mean_excess + mean_squared_excess),
+            "gspo/kl_old": sums["kl_old"] / tokens,
+            "gspo/live_fraction": sums["live"] / sums["sequences"],
+        }
