@@ -182,7 +182,8 @@ class GSPOConfig(GRPOConfig):
             if is_long and value is not None and value > _WIDE_EPSILON:
                 yield (
                     f"`{name}={value}` is a token-level clip range, which never clips the ratio of a whole sequence "
-                    f"(`max_completion_length={completion_length}`): set `epsilon={EPSILON_LOW}` and `epsilon_high={EPSILON_HIGH}`."
+                    f"(`max_completion_length={completion_length}`): set `epsilon={EPSILON_LOW}` and "
+                    f"`epsilon_high={EPSILON_HIGH}`."
                 )
         if self.epsilon_high is not None and self.epsilon_high < self.epsilon:
             yield (

@@ -1,0 +1,323 @@
+"""
+Trains a model with GSPO.
+
+    accelerate launch scripts/train.py --config configs/qwen7b.yaml
+    accelerate launch scripts/train.py --config configs/qwen7b.yaml --learning_rate 5e-7 --output_dir outputs/slow
+    accelerate launch scripts/train.py --config configs/qwen7b.yaml --resume
+
+Any field of the script's own arguments (below), of `GSPOConfig` and of TRL's `ModelConfig` can stand in the YAML file
+and on the command line, where it wins. Ctrl-C and SIGTERM save a checkpoint, and the run goes on with `--resume`.
+
+Exit codes: 0 done; 2 bad input, named in one line; 130 stopped by Ctrl-C, 143 by SIGTERM, both with a checkpoint.
+"""
+
+import difflib
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from transformers import ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from trl_gspo import GSPOConfig, GSPOTrainer
+from trl_gspo.callbacks import RewardProgressCallback, StopOnSignalCallback
+from trl_gspo.rewards import check_columns, load_reward
+from trl_gspo.tasks import load_rows, to_prompts
+
+
+@dataclass
+class ScriptArguments:
+    """
+    Arguments of this script: data, rewards, and how to start.
+
+    Parameters:
+        dataset_name (`str`):
+            JSON, JSONL, Parquet or CSV file, a folder of such files, or a hub id.
+        dataset_config (`str`, *optional*):
+            Configuration of a hub data set.
+        dataset_train_split (`str`, *optional*, defaults to `"train"`):
+            Split to train on, with an optional slice: `train[:1000]`.
+        eval_dataset_name (`str`, *optional*):
+            File, folder or hub id to evaluate on; `dataset_name` if not set. Read if `eval_strategy` is set.
+        dataset_test_split (`str`, *optional*, defaults to `"test"`):
+            Split to evaluate on.
+        dataset_streaming (`bool`, *optional*, defaults to `False`):
+            Whether to stream the data; needs `max_steps`.
+        prompt_column (`str`, *optional*, defaults to `"prompt"`):
+            Column of the prompt: strings, or lists of messages.
+        prompt_template (`str`, *optional*):
+            Text with column names in braces, in place of `prompt_column`.
+        system_prompt (`str`, *optional*):
+            System message before each prompt.
+        conversational (`bool`, *optional*, defaults to `False`):
+            Whether to render string prompts with the model's chat template.
+        solution_column (`str`, *optional*):
+            Column that rewards get as `solution`.
+        reward_funcs (`list[str]`):
+            Rewards by name: TRL's, ours, `package.module.function`, or a reward model.
+        reward_kwargs (`dict`, *optional*):
+            For rewards named `get_...`: their arguments by name.
+        resume (`bool`, *optional*, defaults to `False`):
+            Whether to go on from the last checkpoint in `output_dir`; without one the run starts from the beginning.
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`):
+            Whether to start anew in an `output_dir` that holds checkpoints.
+    """
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "JSON, JSONL, Parquet or CSV file, a folder of such files, or a hub id."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
+    dataset_train_split: str = field(
+        default="train", metadata={"help": "Split to train on, with an optional slice: train[:1000]."}
+    )
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "File, folder or hub id to evaluate on; `dataset_name` if not set."}
+    )
+    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
+    dataset_streaming: bool = field(default=False, metadata={"help": "Whether to stream the data; needs `max_steps`."})
+    prompt_column: str = field(
+        default="prompt", metadata={"help": "Column of the prompt: strings, or lists of messages."}
+    )
+    prompt_template: str | None = field(
+        default=None, metadata={"help": "Text with column names in braces, in place of `prompt_column`."}
+    )
+    system_prompt: str | None = field(default=None, metadata={"help": "System message before each prompt."})
+    conversational: bool = field(
+        default=False, metadata={"help": "Whether to render string prompts with the model's chat template."}
+    )
+    solution_column: str | None = field(default=None, metadata={"help": "Column that rewards get as `solution`."})
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": "Rewards by name: TRL's, ours, package.module.function, or a reward model."},
+    )
+    reward_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "For rewards named get_...: their arguments by name, as JSON."}
+    )
+    resume: bool = field(
+        default=False, metadata={"help": "Whether to go on from the last checkpoint in `output_dir`."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Whether to start anew in an `output_dir` that holds checkpoints."}
+    )
+
+    def __post_init__(self):
+        if isinstance(self.reward_kwargs, str):
+            self.reward_kwargs = json.loads(self.reward_kwargs)
+        if not self.dataset_name:
+            raise ValueError("`dataset_name` is not set: give a file, a folder or a hub id.")
+        if not self.reward_funcs:
+            raise ValueError("`reward_funcs` is not set: give at least one reward by name.")
+        strangers = sorted(set(self.reward_kwargs or {}) - set(self.reward_funcs))
+        if strangers:
+            raise ValueError(f"`reward_kwargs` has arguments for {', '.join(strangers)}, not among `reward_funcs`.")
+
+
+class Parser(TrlParser):
+    """TRL's parser, which also names the nearest known option for an unknown one, and checks the types in the YAML."""
+
+    def __init__(self):
+        super().__init__((ScriptArguments, GSPOConfig, ModelConfig), allow_abbrev=False)
+
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            raise ValueError(self._unknown([word for word in unknown if word.startswith("-")] or unknown))
+        return namespace, unknown
+
+    def error(self, message):
+        # argparse would print the usage first: hundreds of options, with the message out of sight.
+        raise ValueError(message)
+
+    def set_defaults_with_config(self, **config):
+        actions = {action.dest: action for action in self._actions}
+        unknown = [key for key in config if key not in actions]
+        if unknown:
+            raise ValueError(self._unknown(unknown))
+        for key, value in config.items():
+            action = actions[key]
+            if isinstance(value, (list, dict)) and action.nargs != "+" and action.type is not str:
+                raise ValueError(f"`{key}: {value!r}` is not one value, as `{key}` is.")
+            # argparse converts a default, and so complains about a wrong one, only where it is a string.
+            if isinstance(value, (bool, int, float)) and action.type is not str:
+                config[key] = str(value)
+        return super().set_defaults_with_config(**config)
+
+    def _unknown(self, words: list[str]) -> str:
+        known = sorted({action.dest for action in self._actions})
+        messages = []
+        for word in words:
+            near = difflib.get_close_matches(word.lstrip("-").split("=")[0].replace("-", "_"), known, n=1)
+            messages.append(f"`{word}` is not an option{f', did you mean `{near[0]}`?' if near else '.'}")
+        return " ".join(messages)
+
+
+def parse(argv: list[str]) -> tuple[ScriptArguments, GSPOConfig, ModelConfig]:
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    script_args, training_args, model_args = Parser().parse_args_and_config(argv)
+    if model_args.model_name_or_path is None:
+        raise ValueError("`model_name_or_path` is not set: give a folder or a hub id.")
+    return script_args, training_args, model_args
+
+
+def find_checkpoint(script_args: ScriptArguments, training_args: GSPOConfig) -> str | None:
+    """The checkpoint to go on from. An earlier run's checkpoints are never mixed with a new one's."""
+    if training_args.resume_from_checkpoint is not None:
+        if not os.path.isdir(training_args.resume_from_checkpoint):
+            raise FileNotFoundError(f"`resume_from_checkpoint={training_args.resume_from_checkpoint}` is no folder.")
+        return training_args.resume_from_checkpoint
+    output_dir = training_args.output_dir
+    last = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
+    if script_args.resume:
+        if last is None:
+            print(f"No checkpoint in {output_dir}: the run starts from the beginning.")
+        return last
+    if last is not None and not script_args.overwrite_output_dir:
+        raise FileExistsError(
+            f"`output_dir={output_dir}` holds {os.path.basename(last)} of an earlier run: go on with --resume, choose "
+            "another --output_dir, or start anew with --overwrite_output_dir, which lets new checkpoints replace it."
+        )
+    return None
+
+
+def load_data(script_args: ScriptArguments, training_args: GSPOConfig):
+    def load(name, split):
+        rows = load_rows(name, split, script_args.dataset_config, script_args.dataset_streaming)
+        return to_prompts(
+            rows,
+            script_args.prompt_column,
+            script_args.prompt_template,
+            script_args.system_prompt,
+            script_args.conversational,
+            script_args.solution_column,
+        )
+
+    train = load(script_args.dataset_name, script_args.dataset_train_split)
+    if training_args.eval_strategy == "no":
+        return train, None
+    return train, load(script_args.eval_dataset_name or script_args.dataset_name, script_args.dataset_test_split)
+
+
+def summarize(log_history: list[dict], rollout_steps: int, **facts) -> dict:
+    """
+    Reward and clip fraction at the start and the end of a run, and the tokens seen, beside `facts`.
+
+    `rollout_steps` is the number of optimizer steps a rollout batch lasts. The clip fraction is the mean over the first
+    and the last so many steps: it is 0 in the first step of a rollout by definition, and rises in each one after it.
+    """
+    logs = [entry for entry in log_history if "reward" in entry]
+    tokens = counted = 0
+    for entry in logs:
+        # TRL counts from zero again after a resume.
+        tokens += entry["num_tokens"] - (counted if entry["num_tokens"] >= counted else 0)
+        counted = entry["num_tokens"]
+    summary = facts | {"tokens": int(tokens)}
+    for name, entries in (
+        ("reward", logs),
+        ("eval_reward", [entry for entry in log_history if "eval_reward" in entry]),
+    ):
+        summary[f"{name}_start"], summary[f"{name}_end"] = (
+            (entries[0][name], entries[-1][name]) if entries else (None, None)
+        )
+    key = "gspo/clip_fraction/sequences"
+    clipped = [(entry["step"], entry[key]) for entry in log_history if entry.get(key) is not None]
+    first, last = (clipped[0][0], clipped[-1][0]) if clipped else (0, 0)
+    for name, values in (
+        ("start", [value for step, value in clipped if step < first + rollout_steps]),
+        ("end", [value for step, value in clipped if step > last - rollout_steps]),
+    ):
+        summary[f"clip_fraction_{name}"] = sum(values) / len(values) if values else None
+    return summary
+
+
+def main(argv: list[str]) -> int:
+    started = time.time()
+    try:
+        script_args, training_args, model_args = parse(argv)
+        checkpoint = find_checkpoint(script_args, training_args)
+        rewards = [
+            load_reward(name, (script_args.reward_kwargs or {}).get(name), training_args.max_completion_length)
+            for name in script_args.reward_funcs
+        ]
+        train_dataset, eval_dataset = load_data(script_args, training_args)
+        for rows in filter(None, (train_dataset, eval_dataset)):
+            for reward in rewards:
+                check_columns(reward, rows.column_names or list(next(iter(rows))))
+    except (ValueError, OSError, yaml.YAMLError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    } | (training_args.model_init_kwargs or {})
+    stop = StopOnSignalCallback()
+    trainer = GSPOTrainer(
+        model=model_args.model_name_or_path,
+        reward_funcs=rewards,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        callbacks=[stop],
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    if not training_args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(RewardProgressCallback)
+
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    output_dir = Path(training_args.output_dir)
+    if stop.signum is not None:
+        command = " ".join(["accelerate launch", *sys.argv[:1], *argv] + ([] if script_args.resume else ["--resume"]))
+        trainer.accelerator.print(
+            f"Stopped by {signal.Signals(stop.signum).name} at step {trainer.state.global_step}, saved in "
+            f"{get_last_checkpoint(str(output_dir))}. Go on with: {command}"
+        )
+        finish(trainer)
+        return 128 + stop.signum
+
+    trainer.save_model(training_args.output_dir)
+    trainer.save_state()
+    trainer.create_model_card(model_name=output_dir.name, dataset_name=script_args.dataset_name)
+    if trainer.is_world_process_zero():
+        args = training_args
+        summary = summarize(
+            trainer.state.log_history,
+            max(args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps, 1),
+            model=model_args.model_name_or_path,
+            output_dir=str(output_dir),
+            steps=trainer.state.global_step,
+            train_seconds=round(result.metrics["train_runtime"], 1),
+            seconds=round(time.time() - started, 1),
+        )
+        (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        report(summary)
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    finish(trainer)
+    return 0
+
+
+def finish(trainer: GSPOTrainer) -> None:
+    """Ends trackers and process group, which transformers does for us from 5.18 on."""
+    if hasattr(trainer, "end"):
+        trainer.end()
+
+
+def report(summary: dict) -> None:
+    for name, label in (("reward", "reward"), ("clip_fraction", "clipped"), ("eval_reward", "eval reward")):
+        if summary[f"{name}_start"] is not None:
+            print(f"{label:12}{summary[f'{name}_start']:.3f} -> {summary[f'{name}_end']:.3f}")
+    print(f"{'work':12}{summary['steps']} steps, {summary['tokens']} tokens, {summary['train_seconds']} s")
+    print(f"{'saved':12}{summary['output_dir']} (model, tokenizer, model card, trainer_state.json, summary.json)")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

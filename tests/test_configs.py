@@ -1,0 +1,51 @@
+import json
+from pathlib import Path
+
+import pytest
+import train
+from trl import get_peft_config, get_quantization_config
+
+from trl_gspo.rewards import load_reward
+
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+NAMES = {"tiny", "gsm8k_0.5b", "qwen7b", "qwen7b_lora", "qwen7b_qlora", "qwen3_30b_a3b"}
+
+
+def test_the_promised_configs_are_there():
+    assert NAMES <= {path.stem for path in CONFIGS}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_builds_its_objects(path, monkeypatch, caplog):
+    monkeypatch.chdir(ROOT)
+    # A test machine has no GPU for bf16; nothing else is overridden.
+    script_args, training_args, model_args = train.parse(["--config", str(path), "--use_cpu", "true"])
+    get_peft_config(model_args)
+    get_quantization_config(model_args)
+    for name in script_args.reward_funcs:
+        load_reward(name, max_completion_length=training_args.max_completion_length)
+    assert training_args.steps_per_generation == 4 * training_args.gradient_accumulation_steps
+    assert model_args.load_in_4bit == (path.stem == "qwen7b_qlora")
+    assert model_args.use_peft == path.stem.startswith("qwen7b_")
+    assert (training_args.deepspeed is not None) == (path.stem in ("qwen7b", "qwen3_30b_a3b"))
+    if path.stem != "tiny":
+        assert (training_args.epsilon, training_args.epsilon_high) == (3e-4, 4e-4)
+    assert not [record for record in caplog.records if record.name.startswith("trl_gspo")]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_group_of_values_has_its_reason_above_it(path):
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith("# ")
+    assert any("accelerate launch" in line for line in lines[:8])
+    for key in ("epsilon:", "learning_rate:", "steps_per_generation:", "num_generations:"):
+        index = next(i for i, line in enumerate(lines) if line.startswith(key))
+        assert lines[index - 1].startswith("# "), f"{path.name}: no reason above {key}"
+
+
+def test_zero3_saves_whole_weights():
+    zero3 = json.loads((ROOT / "configs/deepspeed/zero3.json").read_text())
+    assert zero3["zero_optimization"]["stage"] == 3
+    assert zero3["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True

@@ -1,0 +1,218 @@
+"""
+Reward functions that TRL does not have, and rewards by name.
+
+A reward function takes `completions` and the columns of the dataset as keyword arguments, and returns one number for
+each completion, or `None` where it does not apply. Completions are strings, or lists of messages for chat prompts.
+"""
+
+import difflib
+import functools
+import importlib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+import trl.rewards
+
+
+_NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)")
+
+
+# What TRL hands to every reward function beside the columns of the data set.
+_HOST_ARGUMENTS = {
+    "prompts",
+    "completions",
+    "completion_ids",
+    "environments",
+    "log_extra",
+    "log_metric",
+    "trainer_state",
+}
+
+
+def _text(completion: str | list[dict[str, str]]) -> str:
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def exact_match_reward(completions: list, solution: Sequence[str | None], **kwargs: Any) -> list[float | None]:
+    """
+    1 where the completion is the solution, up to white space around it, else 0.
+
+    Args:
+        completions (`list`): strings, or lists of messages, of which the last counts.
+        solution (`Sequence[str | None]`): what is right; `None` where the reward does not apply.
+        **kwargs (`Any`): other columns, not used.
+
+    Returns:
+        `list[float | None]`: one for each completion.
+    """
+    return [
+        None if right is None else float(_text(completion).strip() == str(right).strip())
+        for completion, right in zip(completions, solution, strict=True)
+    ]
+
+
+def final_number(text: str) -> Decimal | None:
+    r"""
+    The number a text ends on: behind the last `####` or in the last `\boxed{}` if there is one, else the last of all.
+
+    Thousands separators, currency and percent signs and a full stop behind it do not count. `None` without a number.
+    """
+    for marker in ("####", r"\boxed{"):
+        if marker in text:
+            found = _NUMBER.findall(text.rsplit(marker, 1)[1])[:1]
+            break
+    else:
+        found = _NUMBER.findall(text)[-1:]
+    try:
+        return Decimal(found[0].replace(",", "").rstrip(".")) if found else None
+    except InvalidOperation:
+        return None
+
+
+def final_number_reward(completions: list, solution: Sequence[str | None], **kwargs: Any) -> list[float | None]:
+    r"""
+    1 where the completion ends on the number that the solution ends on, else 0. For data such as GSM8K.
+
+    Both sides are read by [`final_number`], so `18`, `$18.00`, `#### 18` and `\boxed{18}` are equal.
+
+    Args:
+        completions (`list`): strings, or lists of messages, of which the last counts.
+        solution (`Sequence[str | None]`): worked solutions; the reward is `None` where one holds no number.
+        **kwargs (`Any`): other columns, not used.
+
+    Returns:
+        `list[float | None]`: one for each completion.
+    """
+    rights = [None if right is None else final_number(str(right)) for right in solution]
+    return [
+        None if right is None else float(final_number(_text(completion)) == right)
+        for completion, right in zip(completions, rights, strict=True)
+    ]
+
+
+_OURS = {function.__name__: function for function in (exact_match_reward, final_number_reward)}
+
+
+def _trl_names() -> list[str]:
+    return [name for name in dir(trl.rewards) if name.endswith("_reward") or name.startswith("get_")]
+
+
+def reward_names() -> list[str]:
+    """Names that [`load_reward`] knows by themselves: ours, then TRL's."""
+    return sorted(_OURS) + sorted(set(_trl_names()) - set(_OURS))
+
+
+def load_reward(
+    name: str, kwargs: dict[str, Any] | None = None, max_completion_length: int | None = None
+) -> Callable | str:
+    """
+    A reward function by name.
+
+    Args:
+        name (`str`): one of [`reward_names`]; `package.module.function`, importable from here or from the working
+            directory; or a reward model, as a folder or a hub id with a slash, which is handed to TRL as it is.
+        kwargs (`dict`, *optional*): for a name that starts with `get_`, a function that makes the reward: its
+            arguments.
+        max_completion_length (`int`, *optional*): default of their `max_completion_len` and `max_len`; a fifth of it
+            is the default of `soft_punish_cache`, as in TRL's `scripts/grpo.py`.
+
+    Returns:
+        `Callable` or `str`: for the trainer's `reward_funcs`.
+
+    Raises:
+        ValueError: if there is no such reward, or its arguments do not fit.
+    """
+    if name in _OURS:
+        function = _OURS[name]
+    elif name in _trl_names():
+        function = getattr(trl.rewards, name)
+    elif "/" in name or os.path.isdir(name):
+        return name
+    elif "." in name:
+        function = _import(name)
+    else:
+        near = difflib.get_close_matches(name, reward_names(), n=1)
+        raise ValueError(
+            f"`reward_funcs` has no {name!r}{f', did you mean {near[0]!r}?' if near else '.'} Known are "
+            f"{', '.join(reward_names())}; a `package.module.function`; a reward model by folder or hub id."
+        )
+
+    if name.rsplit(".", 1)[-1].startswith("get_"):
+        function = _make(function, name, kwargs or {}, max_completion_length)
+    elif kwargs:
+        raise ValueError(f"`reward_kwargs` has arguments for {name!r}, which takes none.")
+    return _for_plain_text(function) if name in _trl_names() else function
+
+
+def check_columns(reward: Callable | str, columns: Sequence[str]) -> None:
+    """
+    Raises `ValueError` if a reward function needs a column that the data set does not have; the message lists them.
+
+    Args:
+        reward (`Callable` or `str`): as [`load_reward`] returned it.
+        columns (`Sequence[str]`): of the data set, as [`~trl_gspo.tasks.to_prompts`] left it.
+    """
+    if isinstance(reward, str):
+        return
+    parameters = inspect.signature(reward).parameters.values()
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    needed = {p.name for p in parameters if p.kind in named and p.default is inspect.Parameter.empty}
+    missing = sorted(needed - _HOST_ARGUMENTS - set(columns))
+    if missing:
+        raise ValueError(
+            f"The reward {reward.__name__!r} needs the column {', '.join(map(repr, missing))}, which the data set does "
+            f"not have. It has {', '.join(columns)}; `solution_column` names the one to use as 'solution'."
+        )
+
+
+def _import(name: str) -> Callable:
+    module_name, function_name = name.rsplit(".", 1)
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"`reward_funcs` names {name!r}, and {error}. It is looked for in the environment and in {os.getcwd()}."
+        ) from error
+    if not hasattr(module, function_name):
+        callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ValueError(
+            f"`reward_funcs` names {name!r}, and {module.__file__} has no {function_name!r}. It has "
+            f"{', '.join(callables) or 'nothing to call'}."
+        )
+    return getattr(module, function_name)
+
+
+def _make(factory: Callable, name: str, kwargs: dict[str, Any], max_completion_length: int | None) -> Callable:
+    parameters = inspect.signature(factory).parameters
+    if max_completion_length is not None:
+        derived = {
+            "max_completion_len": max_completion_length,
+            "max_len": max_completion_length,
+            "soft_punish_cache": max_completion_length // 5,
+        }
+        kwargs = {key: value for key, value in derived.items() if key in parameters} | kwargs
+    try:
+        inspect.signature(factory).bind(**kwargs)
+    except TypeError as error:
+        raise ValueError(
+            f"`reward_kwargs` does not fit {name}{inspect.signature(factory)}: {error}. Give them as "
+            f"`reward_kwargs: {{{name}: {{...}}}}`."
+        ) from error
+    return factory(**kwargs)
+
+
+def _for_plain_text(function: Callable) -> Callable:
+    # TRL's own rewards read `completion[0]["content"]`, which a plain prompt's completion, a string, does not have.
+    @functools.wraps(function)
+    def reward(completions, **kwargs):
+        messages = [[{"role": "assistant", "content": c}] if isinstance(c, str) else c for c in completions]
+        return function(completions=messages, **kwargs)
+
+    return reward
