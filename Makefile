@@ -1,6 +1,7 @@
 # make test    the tests
 # make demo    trains a tiny model with GSPO on this machine's CPU: SEED=1 for another one
 # make lint    ruff
+# make test-oldest-trl    the tests that compare with TRL, on the oldest TRL of the supported range
 # The environment is made in .venv on first use, with the versions in .ci/constraints.txt.
 
 PYTHON ?= python3
@@ -9,7 +10,9 @@ VENV := .venv
 # Spinning threads of two processes on shared cores cost far more than a second thread gains.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: test demo lint clean
+OLDEST_TRL := 1.14.2
+
+.PHONY: test test-oldest-trl demo lint clean
 
 $(VENV)/.done: pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +21,11 @@ $(VENV)/.done: pyproject.toml .ci/constraints.txt
 
 test: $(VENV)/.done
 	$(VENV)/bin/python -m pytest
+
+# A copy of that TRL before the installed one on the path: the rest of the environment stays.
+test-oldest-trl: $(VENV)/.done
+	$(VENV)/bin/pip install --quiet --no-deps --upgrade --target $(VENV)/oldest-trl trl==$(OLDEST_TRL)
+	PYTHONPATH=$(VENV)/oldest-trl $(VENV)/bin/python -m pytest tests/test_host.py tests/test_config.py tests/test_trainer.py
 
 demo: $(VENV)/.done
 	$(VENV)/bin/python scripts/demo.py prepare --seed $(SEED)

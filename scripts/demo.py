@@ -5,8 +5,8 @@ The two ends of `make demo`, with `scripts/train.py --config configs/tiny.yaml` 
     accelerate launch scripts/train.py --config configs/tiny.yaml [--seed 0]
     python scripts/demo.py report
 
-`prepare` pretrains a Qwen3 of 0.17M parameters to sort five digits, on answers of which 70% are shuffled: it gets about
-one in four right when sampled. `report` samples the held-out prompts before and after the training, adds both
+`prepare` pretrains a Qwen3 of 0.17M parameters to sort five digits, on answers of which 70% are shuffled, so that it
+samples about one in four right. `report` samples the held-out prompts before and after the training, adds both
 accuracies to `summary.json`, and draws the curves.
 """
 

@@ -207,8 +207,8 @@ def summarize(log_history: list[dict], rollout_steps: int, **facts) -> dict:
     """
     Reward and clip fraction at the start and the end of a run, and the tokens seen, beside `facts`.
 
-    `rollout_steps` is the number of optimizer steps a rollout batch lasts. The clip fraction is the mean over the first
-    and the last so many steps: it is 0 in the first step of a rollout by definition, and rises in each one after it.
+    `rollout_steps` is the number of optimizer steps that a rollout batch lasts. The clip fraction is the mean over the
+    first and the last so many: in the first step of a rollout it is 0 by definition, and it rises from step to step.
     """
     logs = [entry for entry in log_history if "reward" in entry]
     tokens = counted = 0

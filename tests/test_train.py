@@ -333,6 +333,10 @@ def test_the_grpo_example_of_trl_with_the_class_swapped(model_path, tmp_path):
         source = source.replace(theirs, ours)
     rows = [{"prompt": [{"role": "user", "content": f"{i}+1="}], "solution": rf"\boxed{{{i + 1}}}"} for i in range(4)]
     write_jsonl(tmp_path / "data" / "train.jsonl", rows)
-    ran = run_swapped(source, [], tmp_path)
+    # The example takes TRL's bf16, which transformers refuses on a machine without a GPU unless `use_cpu` is set.
+    no_gpu = "import transformers.training_args as t\nt.is_torch_bf16_gpu_available = lambda: True\n"
+    ran = run_swapped(no_gpu + source, [], tmp_path)
     assert ran.returncode == 0, ran.stderr
-    assert "gspo/clip_fraction/sequences" in ran.stdout or "train_runtime" in ran.stdout
+    assert "train_runtime" in ran.stdout
+    (saved,) = tmp_path.glob("*-GSPO/checkpoint-*")
+    AutoModelForCausalLM.from_pretrained(saved)

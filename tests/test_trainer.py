@@ -604,15 +604,6 @@ def ordinals(text: str) -> str:
 
 
 async def async_ordinals(text: str) -> str:
-    """
-    Sums the characters of a text.
-
-    Args:
-        text: The text.
-
-    Returns:
-        The sum.
-    """
     await asyncio.sleep(0)
     return ordinals(text)
 
@@ -625,20 +616,15 @@ class Desk:
         return "?"
 
     def ordinals(self, text: str) -> str:
-        """
-        Sums the characters of a text.
-
-        Args:
-            text: The text.
-
-        Returns:
-            The sum.
-        """
         self.calls += 1
         return ordinals(text)
 
     def get_reward(self):
         return float(self.calls)
+
+
+# The model is told of a tool by its docstring.
+Desk.ordinals.__doc__ = async_ordinals.__doc__ = ordinals.__doc__
 
 
 def tool_tokenizer(tool):
@@ -854,8 +840,8 @@ def assert_same_log(log, expected):
             assert is_same(entry[key], value), f"{key} at step {entry['step']}"
         added = entry.keys() - expected_entry.keys()
         assert all(key.startswith(("gspo/", "eval_gspo/")) for key in added)
-        for prefix, loss in (("", "loss"), ("eval_", "eval_loss")):
-            assert (loss in expected_entry) <= (prefix + "gspo/ratio/mean" in added)
+        assert ("loss" in entry) <= ("gspo/ratio/mean" in added)
+        assert ("eval_reward" in entry) <= ("eval_gspo/ratio/mean" in added)
 
 
 def losses(log):

@@ -44,6 +44,18 @@ _FOREIGN_LOSS_FIELDS = (
 )
 
 
+# What a host's `__post_init__` derives one field from, where the inherited other would undo a change of the one.
+_IMPLIED_BY = {
+    "activation_checkpointing": ("gradient_checkpointing",),
+    "activation_checkpointing_kwargs": ("gradient_checkpointing_kwargs",),
+    "gradient_checkpointing": ("activation_checkpointing",),
+    "gradient_checkpointing_kwargs": ("activation_checkpointing_kwargs",),
+    "torch_compile": ("torch_compile_backend", "torch_compile_mode"),
+    "use_transformers_continuous_batching": ("use_transformers_paged",),
+    "vllm_importance_sampling_clip_max": ("vllm_importance_sampling_cap",),
+}
+
+
 def _trl_default(name: str) -> Any:
     return GRPOConfig.__dataclass_fields__[name].default
 
@@ -77,7 +89,7 @@ class GSPOConfig(GRPOConfig):
             paper). With one optimizer step the ratio is exactly 1 and nothing is ever clipped.
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Whether to turn dropout off. Under dropout the same weights give other log-probabilities on each forward,
-            which moves the ratio past the clip range before any update.
+            which moves the ratio past the clip range (section 5.1 of the paper) before any update.
 
     Raises:
         ValueError: if an epsilon is not finite or not in (0, 1), if `loss_type` or `importance_sampling_level` is
@@ -166,6 +178,10 @@ class GSPOConfig(GRPOConfig):
                 f"`importance_sampling_level={self.importance_sampling_level!r}` is refused: it {reason}. Set "
                 "`importance_sampling_level='sequence'`, or use TRL's `GRPOTrainer`."
             )
+        for name in ("steps_per_generation", "num_iterations"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value!r}.")
         for name in _FOREIGN_LOSS_FIELDS:
             if getattr(self, name) != _trl_default(name):
                 raise ValueError(
@@ -254,11 +270,10 @@ class GSPOConfig(GRPOConfig):
         values["generation_batch_size"] = None
         if is_default or "generation_batch_size" in changes:
             values["steps_per_generation"] = None
-        # transformers 5.23 resolved the old name into the new one, which would win over a change of the old.
-        for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
-            new = old.replace("gradient", "activation")
-            if old in changes and new in values:
-                values[new] = None
+        for name in changes:
+            for other in _IMPLIED_BY.get(name, ()):
+                if other in values:  # transformers 5.20 lacks `activation_checkpointing`
+                    values[other] = cls.__dataclass_fields__[other].default
         values |= changes
 
         with warnings.catch_warnings():
@@ -268,10 +283,12 @@ class GSPOConfig(GRPOConfig):
             converted = cls(**copy.deepcopy(values))
         for spec in fields(config):  # what a subclass of `GRPOConfig` added
             if spec.name not in cls.__dataclass_fields__:
-                setattr(converted, spec.name, getattr(config, spec.name))
+                setattr(converted, spec.name, copy.deepcopy(getattr(config, spec.name)))
 
         changed = [
-            f"{name} {getattr(config, name)!r} -> {getattr(converted, name)!r}"
+            f"{name} (hidden)"
+            if name.endswith("_token")
+            else f"{name} {getattr(config, name)!r} -> {getattr(converted, name)!r}"
             for name in names
             if hasattr(config, name) and getattr(config, name) != getattr(converted, name)
         ]
@@ -282,14 +299,14 @@ class GSPOConfig(GRPOConfig):
     @classmethod
     def _departures(cls, config: GRPOConfig) -> dict[str, Any]:
         """What `config` must have otherwise to be GSPO."""
-        ours = {spec.name: spec.default for spec in fields(cls) if spec.name in cls.__annotations__}
+        ours = {name: cls.__dataclass_fields__[name].default for name in GSPOConfig.__annotations__}
         values = {name: default for name, default in ours.items() if getattr(config, name) == _trl_default(name)}
         # In TRL, `epsilon` alone is the width on both sides: whoever chose it chose both.
         if "epsilon" not in values:
             values.pop("epsilon_high", None)
         for name in ("epsilon", "epsilon_high"):
             value = getattr(config, name)
-            if value is not None and not 0 < value < 1:
+            if isinstance(value, (int, float)) and not 0 < value < 1:
                 values[name] = ours[name]
         if config.loss_type not in _LOSS_TYPES:
             values["loss_type"] = ours["loss_type"]

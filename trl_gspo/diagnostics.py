@@ -72,13 +72,14 @@ class RatioStatistics:
         is_live = (advantages != 0) & (lengths > 0)
         is_low, is_high = (m & is_live for m in clip_masks(ratio, advantages, epsilon_low, epsilon_high))
         excess = torch.expm1(log_ratio.to(dtype)).masked_fill(~is_live, 0.0)
-        token_log_ratio = (per_token_logps.float() - old_per_token_logps.float()).masked_fill(~mask, 0.0)
+        token_log_ratio = per_token_logps.to(dtype) - old_per_token_logps.to(dtype)
+        token_log_ratio = token_log_ratio.masked_fill(~(mask & is_live.unsqueeze(1)), 0.0)
         per_token_kl = torch.expm1(token_log_ratio) - token_log_ratio
         live_lengths = lengths * is_live
 
         sums = torch.stack(
             [
-                torch.tensor(float(len(ratio)), dtype=dtype, device=ratio.device),
+                ratio.new_full((), len(ratio), dtype=dtype),
                 is_live.sum().to(dtype),
                 is_low.sum().to(dtype),
                 is_high.sum().to(dtype),
@@ -86,7 +87,7 @@ class RatioStatistics:
                 (live_lengths * (is_low | is_high)).sum().to(dtype),
                 excess.sum(),
                 excess.square().sum(),
-                (per_token_kl.to(dtype).sum(-1) * is_live).sum(),
+                per_token_kl.sum(),
             ]
         )
         ratio = ratio.to(dtype)
@@ -119,16 +120,18 @@ class RatioStatistics:
         tokens = sums["tokens"] or math.nan
         mean_excess = sums["excess"] / live
         mean_squared_excess = sums["squared_excess"] / live
+        mean, mean_square = 1 + mean_excess, 1 + 2 * mean_excess + mean_squared_excess
         return {
             "gspo/clip_fraction/sequences": (sums["clipped_low"] + sums["clipped_high"]) / live,
             "gspo/clip_fraction/low": sums["clipped_low"] / live,
             "gspo/clip_fraction/high": sums["clipped_high"] / live,
             "gspo/clip_fraction/tokens": sums["clipped_tokens"] / tokens,
-            "gspo/ratio/mean": 1 + mean_excess,
-            "gspo/ratio/std": math.sqrt(max(mean_squared_excess - mean_excess**2, 0.0)),
+            "gspo/ratio/mean": mean,
+            "gspo/ratio/std": math.sqrt(max(mean_squared_excess - mean_excess * mean_excess, 0.0)),
             "gspo/ratio/min": -negative_minimum if sums["live"] else math.nan,
             "gspo/ratio/max": maximum if sums["live"] else math.nan,
-            "gspo/ratio/ess": (1 + mean_excess) ** 2 / (1 + 2 * mean_excess + mean_squared_excess),
+            # At most 1 but for rounding; without a value where all ratios underflow.
+            "gspo/ratio/ess": min(mean * mean / mean_square, 1.0) if mean_square > 0 else math.nan,
             "gspo/kl_old": sums["kl_old"] / tokens,
             "gspo/live_fraction": sums["live"] / sums["sequences"],
         }

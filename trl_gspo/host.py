@@ -20,8 +20,19 @@ _CONFIG_FIELDS = {
     "gradient_accumulation_steps",
     "importance_sampling_level",
     "loss_type",
+    "max_completion_length",
+    "min_p",
     "num_iterations",
+    "sapo_temperature_neg",
+    "sapo_temperature_pos",
     "steps_per_generation",
+    "top_k",
+    "top_p",
+    "use_vllm",
+    "vespo_k_neg",
+    "vespo_k_pos",
+    "vespo_lambda_neg",
+    "vespo_lambda_pos",
     "vllm_importance_sampling_correction",
     "vllm_importance_sampling_mode",
 }
@@ -31,8 +42,8 @@ def _missing_from_host() -> list[str]:
     """What this package builds on and the installed TRL lacks, by name."""
     try:
         from trl import GRPOConfig, GRPOTrainer
-    except ImportError as error:
-        return [str(error)]
+    except (ImportError, RuntimeError) as error:  # older lazy modules raise the latter
+        return [f"GRPOConfig and GRPOTrainer ({error})"]
     missing = [f"GRPOConfig.{name}" for name in sorted(_CONFIG_FIELDS - set(GRPOConfig.__dataclass_fields__))]
     loss = getattr(GRPOTrainer, "_compute_loss", None)
     if loss is None or list(inspect.signature(loss).parameters) != ["self", "model", "inputs"]:

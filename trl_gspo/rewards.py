@@ -165,8 +165,8 @@ def check_columns(reward: Callable | str, columns: Sequence[str]) -> None:
     missing = sorted(needed - _HOST_ARGUMENTS - set(columns))
     if missing:
         raise ValueError(
-            f"The reward {reward.__name__!r} needs the column {', '.join(map(repr, missing))}, which the data set does "
-            f"not have. It has {', '.join(columns)}; `solution_column` names the one to use as 'solution'."
+            f"The reward {reward.__name__!r} needs the column {', '.join(map(repr, missing))}, which the data set "
+            f"does not have. It has {', '.join(columns)}; `solution_column` names the one to use as 'solution'."
         )
 
 
