@@ -7,6 +7,7 @@ import logging
 import pickle
 import random
 import re
+import warnings
 from dataclasses import dataclass, field, fields
 
 import pytest
@@ -364,6 +365,7 @@ def test_what_was_chosen_is_kept(make_grpo, chosen, stays):
         ({"loss_type": "cispo", "epsilon_high": 5.0}, {"loss_type": "grpo", "epsilon_high": 4e-4, "epsilon": 3e-4}),
         ({"epsilon": 2.0, "epsilon_high": 0.1}, {"epsilon": 3e-4, "epsilon_high": 0.1}),
         ({"epsilon": float("nan")}, {"epsilon": 3e-4}),
+        ({"importance_sampling_level": "sequence_token"}, {"importance_sampling_level": "sequence"}),
         (
             {"loss_type": "sapo", "sapo_temperature_neg": 2.0, "sapo_temperature_pos": 1.5},
             {"loss_type": "grpo", "sapo_temperature_neg": 1.05, "sapo_temperature_pos": 1.0},
@@ -487,6 +489,15 @@ def test_changes_of_gradient_checkpointing(common, kind, chosen, changes):
 def test_changes_of_what_another_field_implies(make_grpo, chosen, changes):
     converted = GSPOConfig.from_grpo(make_grpo(**chosen), **changes)
     assert values_of(converted, changes) == changes
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+def test_deprecations_are_not_announced_again(make_grpo):
+    config = make_grpo(vllm_importance_sampling_cap=2.0, gradient_checkpointing=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        converted = GSPOConfig.from_grpo(config)
+    assert converted.vllm_importance_sampling_clip_max == 2.0
 
 
 def test_unknown_changes_are_refused_by_name(make_grpo):

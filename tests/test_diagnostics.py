@@ -130,8 +130,8 @@ def test_numbers_worked_out_by_hand():
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.float64, 1e-8)], ids=["f32", "f64"])
 def test_spread_of_ratios_within_1e_4_of_one(dtype, tolerance):
-    # Token log-ratios of spread 1e-5 over 2000 tokens: the ratios spread by 2e-7, less than a float32 step below 1,
-    # and 1 - ess is their square, 5e-14. The old log-probs are 0, so that the inputs hold the spread exactly.
+    # Token log-ratios of spread 1e-5 over up to 2000 tokens: the ratios spread by 4e-7, three or four steps of float32
+    # at 1, and their variance is 2e-13. The old log-probs are 0, so that the inputs hold the spread exactly.
     logps, old, advantages, mask = make_batch(64, 2000, seed=5, spread=1e-5, dtype=torch.float64)
     batch = ((logps - old).to(dtype), torch.zeros_like(old, dtype=dtype), advantages, mask)
     expected = reference_metrics([batch], *EPSILONS)

@@ -1045,6 +1045,34 @@ def test_dropout_is_off_unless_asked_for(kind, folders, dataset, tmp_path):
     assert is_noisy(GRPOTrainer) == (kind == "attention_dropout")
 
 
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_dropout_that_a_model_reads_from_its_config_is_off_in_training(gradient_checkpointing, dataset, tmp_path):
+    tokenizer = make_tokenizer()
+    config = transformers.FalconConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, hidden_dropout=0.5
+    )
+
+    def noise(**options):
+        trainer = build(
+            GSPOTrainer,
+            tmp_path,
+            model=transformers.FalconForCausalLM(config),
+            processing_class=tokenizer,
+            train_dataset=dataset,
+            gradient_checkpointing=gradient_checkpointing,
+            max_steps=1,
+            **options,
+        )
+        trainer.train()
+        trainer.save_model(tmp_path / "saved")
+        return trainer.state.log_history[0]["gspo/ratio/std"]
+
+    # The first step after a rollout has the weights that sampled it: only noise moves the ratio.
+    assert noise() < 1e-6
+    assert noise(disable_dropout=False) > 1e-3
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "saved").hidden_dropout == 0.5
+
+
 def test_attention_dropout_of_the_reference_model_is_off(folders, dataset, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folders["qwen3"], attention_dropout=0.5)
     path = tmp_path / "dropout"

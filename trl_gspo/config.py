@@ -220,9 +220,11 @@ class GSPOConfig(GRPOConfig):
                     "all tokens, so long sequences fall out of the bounds by rounding alone: set "
                     "`vllm_importance_sampling_mode='token_truncate'`."
                 )
-            if self.top_p < 1.0 or self.top_k > 0 or self.min_p:
+            sampling = {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p} | (self.generation_kwargs or {})
+            top_p, top_k, min_p = sampling["top_p"], sampling["top_k"], sampling["min_p"]
+            if (top_p or 1.0) < 1.0 or (top_k or 0) > 0 or min_p:
                 yield (
-                    f"`top_p={self.top_p}`, `top_k={self.top_k}`, `min_p={self.min_p}` truncate what vLLM samples, "
+                    f"`top_p={top_p}`, `top_k={top_k}`, `min_p={min_p}` truncate what vLLM samples, "
                     "which biases its importance ratio: set `top_p=1.0`, `top_k=0` and `min_p=None`, or "
                     "`vllm_importance_sampling_correction=False`."
                 )

@@ -62,7 +62,12 @@ class RatioStatistics:
             mask (`Tensor`): `(B, T)`, true on trained tokens.
             epsilon_low (`float`): width of the clip range below 1, as the loss used it.
             epsilon_high (`float`): width of the clip range above 1, as the loss used it.
+
+        Raises:
+            ValueError: if the shapes are others. A broadcast would count sequences that are not there.
         """
+        if advantages.shape != mask.shape[:1]:
+            raise ValueError(f"`advantages` must be (B,) = {tuple(mask.shape[:1])}, got {tuple(advantages.shape)}.")
         mask = mask.bool()
         # Counts of tokens outgrow float32's 24 bits within a few steps; Apple's GPUs have no float64.
         dtype = torch.float32 if mask.device.type == "mps" else torch.float64

@@ -17,6 +17,7 @@ _CONFIG_FIELDS = {
     "epsilon",
     "epsilon_high",
     "generation_batch_size",
+    "generation_kwargs",
     "gradient_accumulation_steps",
     "importance_sampling_level",
     "loss_type",

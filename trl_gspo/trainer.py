@@ -2,8 +2,11 @@
 
 import functools
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 from torch import nn
+from transformers import PretrainedConfig
 
 from .config import GSPOConfig
 from .diagnostics import RatioStatistics
@@ -71,6 +74,10 @@ class GSPOTrainer(GRPOTrainer):
         self._ratio_statistics = {"train": RatioStatistics(), "eval": RatioStatistics()}
         self._per_token_logps = None
 
+    def training_step(self, *args, **kwargs):
+        with _config_dropout_off(self.model.config) if self.args.disable_dropout else nullcontext():
+            return super().training_step(*args, **kwargs)
+
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
         logps, *others = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         # TRL 1.14 returns the model's dtype, and in bfloat16 the ratio would round to 1.
@@ -121,6 +128,23 @@ def _check_rollout_batch(args: GSPOConfig, train_dataset) -> None:
             f"steps_per_generation {args.steps_per_generation} / num_generations {args.num_generations}). Set a "
             "smaller `steps_per_generation` or `per_device_train_batch_size`, or add prompts."
         )
+
+
+@contextmanager
+def _config_dropout_off(config: PretrainedConfig) -> Iterator[None]:
+    # Some models, Falcon and Persimmon among them, read a dropout from their config in each forward. It is put back
+    # because the config is saved with the model.
+    config = config.get_text_config()
+    found = {
+        name: value
+        for name, value in vars(config).items()
+        if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float)
+    }
+    vars(config).update(dict.fromkeys(found, 0.0))
+    try:
+        yield
+    finally:
+        vars(config).update(found)
 
 
 def _disable_functional_dropout(model: nn.Module) -> None:
