@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import trl
 import yaml
 from datasets import Dataset
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from tiny import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, Qwen3ForSequenceClassification, TrainerCallback
@@ -77,6 +79,7 @@ def build(trainer_class, output_dir, **script):
         if not {"steps_per_generation", "generation_batch_size"} & set(script):
             options["steps_per_generation"] = 4 * options.get("gradient_accumulation_steps", 1)
     config_class = GRPOConfig if trainer_class is GRPOTrainer else GSPOConfig
+    transformers.set_seed(0)  # TRL 1.14 draws an adapter's weights before it sets the seed
     trainer = trainer_class(args=config_class(**options), **arguments)
     trainer.current_gradient_accumulation_steps = 1  # `train` sets it
     for name, value in attributes.items():  # vLLM itself is not needed for what the loss does with its log-probs
@@ -676,6 +679,8 @@ def lora_model(path):
 
 def images(folders, dataset):
     """Prompts with a picture each, for a Llava."""
+    if Version(trl.__version__) < Version("1.15") and Version(transformers.__version__) > Version("5.20.2"):
+        pytest.skip("TRL 1.14 loses the pixels of the image processors of later transformers: stock fails")
     image = pytest.importorskip("PIL.Image")
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})

@@ -7,12 +7,19 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0.dev0"
 
 # Resolved on first use: the functional form (`trl_gspo.objective`) must not pay for, or need, TRL.
-_LAZY = {"GSPOConfig": "config", "GSPOTrainer": "trainer", "gspo_loss": "objective"}
+_LAZY = {
+    "GSPOConfig": "config",
+    "GSPOTrainer": "trainer",
+    "gspo_loss": "objective",
+    "token_reward": "credit",
+    "turn_reward": "credit",
+}
 
-__all__ = ["GSPOConfig", "GSPOTrainer", "gspo_loss"]
+__all__ = ["GSPOConfig", "GSPOTrainer", "gspo_loss", "token_reward", "turn_reward"]
 
 if TYPE_CHECKING:
     from .config import GSPOConfig
+    from .credit import token_reward, turn_reward
     from .objective import gspo_loss
     from .trainer import GSPOTrainer
 

@@ -9,7 +9,7 @@ from typing import Any
 from accelerate.logging import get_logger
 
 from .host import GRPOConfig
-from .objective import EPSILON_HIGH, EPSILON_LOW, check_epsilon
+from .objective import EPSILON_HIGH, EPSILON_LOW, LEVELS, check_epsilon
 
 
 logger = get_logger(__name__)
@@ -31,8 +31,6 @@ _REFUSED_LOSS_TYPES = {
     "sapo": "replaces the clip with a soft gate for each token",
     "vespo": "replaces the clip with a weight on the product of the token ratios, not on their geometric mean",
 }
-_COMING_LEVELS = ("sequence_token", "turn")
-
 # Read by TRL under the loss types that are refused here, and by nothing else.
 _FOREIGN_LOSS_FIELDS = (
     "sapo_temperature_neg",
@@ -70,8 +68,11 @@ class GSPOConfig(GRPOConfig):
 
     Parameters:
         importance_sampling_level (`str`, *optional*, defaults to `"sequence"`):
-            Unit of the importance ratio. `"sequence"`: the geometric mean of the token ratios, one value for each
-            completion (equation 7 of the paper).
+            Unit of the importance ratio, the geometric mean of the token ratios over it. `"sequence"`: the completion
+            (equation 7 of the paper), with one advantage for each. `"sequence_token"`: the same value with each
+            token's own gradient (GSPO-token, equation 14), for advantages that differ from token to token. `"turn"`:
+            one ratio, clip decision and length normaliser for each turn that the model wrote between the answers of
+            tools or an environment.
         loss_type (`str`, *optional*, defaults to `"grpo"`):
             How sequences are averaged. `"grpo"`: each sequence counts the same (equation 5 of the paper). `"luspo"`:
             each sequence is weighted by its length on purpose (https://huggingface.co/papers/2602.05261).
@@ -91,16 +92,21 @@ class GSPOConfig(GRPOConfig):
             Whether to turn dropout off. Under dropout the same weights give other log-probabilities on each forward,
             which moves the ratio past the clip range (section 5.1 of the paper) before any update.
 
+        step_discount (`float`, *optional*, defaults to `1.0`):
+            Discount of step rewards for each step between a token and the reward, in (0, 1]. DeepSeekMath
+            (https://huggingface.co/papers/2402.03300, section 4.1.3) has 1.
+
     Raises:
-        ValueError: if an epsilon is not finite or not in (0, 1), if `loss_type` or `importance_sampling_level` is
-            not GSPO's, or if an option is set that only a refused loss type reads.
+        ValueError: if an epsilon is not finite or not in (0, 1), if `step_discount` is not in (0, 1], if `loss_type`
+            or `importance_sampling_level` is not GSPO's, or if an option is set that only a refused loss type reads.
     """
 
     importance_sampling_level: str = field(
         default="sequence",
         metadata={
             "help": "Unit of the importance ratio. 'sequence': the geometric mean of the token ratios, one value for "
-            "each completion (GSPO paper, equation 7)."
+            "each completion (GSPO paper, equation 7). 'sequence_token': the same value with each token's own "
+            "gradient (GSPO-token, equation 14). 'turn': one value for each turn of the model."
         },
     )
     loss_type: str = field(
@@ -148,6 +154,14 @@ class GSPOConfig(GRPOConfig):
         },
     )
 
+    step_discount: float = field(
+        default=1.0,
+        metadata={
+            "help": "Discount of step rewards for each step between a token and the reward, in (0, 1]. 1 as in "
+            "DeepSeekMath, section 4.1.3 (https://huggingface.co/papers/2402.03300)."
+        },
+    )
+
     def __post_init__(self):
         self._refuse()
         if self.steps_per_generation is None and self.generation_batch_size is None:
@@ -167,17 +181,15 @@ class GSPOConfig(GRPOConfig):
                 f"`loss_type={self.loss_type!r}` is refused: it {reason}. GSPO averages over sequences: set "
                 "`loss_type='grpo'`, or `'luspo'` to weight by length on purpose."
             )
-        if self.importance_sampling_level in _COMING_LEVELS:
-            raise ValueError(
-                f"`importance_sampling_level={self.importance_sampling_level!r}` belongs to GSPO-token, which this "
-                "version does not have yet. Set `importance_sampling_level='sequence'`."
-            )
-        if self.importance_sampling_level != "sequence":
+        if self.importance_sampling_level not in LEVELS:
             reason = "is GRPO" if self.importance_sampling_level == "token" else "is not known"
             raise ValueError(
-                f"`importance_sampling_level={self.importance_sampling_level!r}` is refused: it {reason}. Set "
-                "`importance_sampling_level='sequence'`, or use TRL's `GRPOTrainer`."
+                f"`importance_sampling_level={self.importance_sampling_level!r}` is refused: it {reason}. Set it to "
+                f"one of {', '.join(map(repr, LEVELS))}, or use TRL's `GRPOTrainer`."
             )
+        is_number = isinstance(self.step_discount, (int, float)) and not isinstance(self.step_discount, bool)
+        if not (is_number and 0 < self.step_discount <= 1):
+            raise ValueError(f"`step_discount` must be a number in (0, 1], got {self.step_discount!r}.")
         for name in ("steps_per_generation", "num_iterations"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -301,7 +313,8 @@ class GSPOConfig(GRPOConfig):
     @classmethod
     def _departures(cls, config: GRPOConfig) -> dict[str, Any]:
         """What `config` must have otherwise to be GSPO."""
-        ours = {name: cls.__dataclass_fields__[name].default for name in GSPOConfig.__annotations__}
+        redeclared = set(GSPOConfig.__annotations__) & set(GRPOConfig.__dataclass_fields__)
+        ours = {name: cls.__dataclass_fields__[name].default for name in redeclared}
         values = {name: default for name, default in ours.items() if getattr(config, name) == _trl_default(name)}
         # In TRL, `epsilon` alone is the width on both sides: whoever chose it chose both.
         if "epsilon" not in values:

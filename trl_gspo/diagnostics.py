@@ -11,12 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .objective import clip_masks, sequence_log_ratio
+from .objective import at_tokens, clipped_units, exact_dtype, unit_ids
 
 
-# Over live sequences, those with a gradient to give: advantage not 0, at least one trained token.
+# Over live units, those with a gradient to give: at least one trained token whose advantage is not 0.
 _SUMS = (
-    "sequences",
+    "units",
     "live",
     "clipped_low",
     "clipped_high",
@@ -30,7 +30,7 @@ _SUMS = (
 
 class RatioStatistics:
     """
-    What the sequence ratio did since the last log.
+    What the importance ratio did since the last log. A unit is a sequence, or at level `"turn"` a turn.
 
     `ratio - 1` is summed rather than `ratio`: near 1 the variance would drown in cancellation.
     """
@@ -51,51 +51,38 @@ class RatioStatistics:
         mask: Tensor,
         epsilon_low: float,
         epsilon_high: float,
+        level: str = "sequence",
     ) -> None:
         """
-        Adds one micro-batch. Nothing is synchronised with the host.
-
-        Args:
-            per_token_logps (`Tensor`): `(B, T)`, nats, under the policy in training.
-            old_per_token_logps (`Tensor`): `(B, T)`, nats, under the policy that sampled.
-            advantages (`Tensor`): `(B,)`.
-            mask (`Tensor`): `(B, T)`, true on trained tokens.
-            epsilon_low (`float`): width of the clip range below 1, as the loss used it.
-            epsilon_high (`float`): width of the clip range above 1, as the loss used it.
-
-        Raises:
-            ValueError: if the shapes are others. A broadcast would count sequences that are not there.
+        Adds one micro-batch. Nothing is synchronised with the host. Takes the arguments of
+        [`~trl_gspo.objective.clipped_units`], and raises what it raises.
         """
-        if advantages.shape != mask.shape[:1]:
-            raise ValueError(f"`advantages` must be (B,) = {tuple(mask.shape[:1])}, got {tuple(advantages.shape)}.")
+        units = clipped_units(per_token_logps, old_per_token_logps, advantages, mask, epsilon_low, epsilon_high, level)
+        # Counts of tokens outgrow float32's 24 bits within a few steps.
+        dtype = exact_dtype(mask)
+        log_ratio = units.log_ratio.to(dtype)
+        is_live = units.is_live
+        excess = torch.expm1(log_ratio).masked_fill(~is_live, 0.0)
         mask = mask.bool()
-        # Counts of tokens outgrow float32's 24 bits within a few steps; Apple's GPUs have no float64.
-        dtype = torch.float32 if mask.device.type == "mps" else torch.float64
-        log_ratio = sequence_log_ratio(per_token_logps, old_per_token_logps, mask).squeeze(1)
-        ratio = torch.exp(log_ratio)
-        lengths = mask.sum(-1)
-        is_live = (advantages != 0) & (lengths > 0)
-        is_low, is_high = (m & is_live for m in clip_masks(ratio, advantages, epsilon_low, epsilon_high))
-        excess = torch.expm1(log_ratio.to(dtype)).masked_fill(~is_live, 0.0)
-        token_log_ratio = per_token_logps.to(dtype) - old_per_token_logps.to(dtype)
-        token_log_ratio = token_log_ratio.masked_fill(~(mask & is_live.unsqueeze(1)), 0.0)
+        is_live_token = mask & at_tokens(is_live, unit_ids(mask, level)[0])
+        token_log_ratio = (per_token_logps.to(dtype) - old_per_token_logps.to(dtype)).masked_fill(~is_live_token, 0.0)
         per_token_kl = torch.expm1(token_log_ratio) - token_log_ratio
-        live_lengths = lengths * is_live
 
         sums = torch.stack(
             [
-                ratio.new_full((), len(ratio), dtype=dtype),
+                # A sequence without trained tokens is a unit too; a turn without them is none.
+                log_ratio.new_full((), len(mask)) if level != "turn" else (units.lengths > 0).sum().to(dtype),
                 is_live.sum().to(dtype),
-                is_low.sum().to(dtype),
-                is_high.sum().to(dtype),
-                live_lengths.sum().to(dtype),
-                (live_lengths * (is_low | is_high)).sum().to(dtype),
+                units.is_clipped_low.sum().to(dtype),
+                units.is_clipped_high.sum().to(dtype),
+                is_live_token.sum().to(dtype),
+                units.clipped_tokens.sum().to(dtype),
                 excess.sum(),
                 excess.square().sum(),
                 per_token_kl.sum(),
             ]
         )
-        ratio = ratio.to(dtype)
+        ratio = torch.exp(units.log_ratio).to(dtype)
         extremes = torch.stack(
             [
                 -ratio.masked_fill(~is_live, math.inf).amin(),
@@ -113,7 +100,7 @@ class RatioStatistics:
             gather (`Callable`): concatenates a 1-D tensor over the ranks, as `accelerator.gather` does.
 
         Returns:
-            `dict[str, float]`: keyed as logged. NaN where there was no live sequence.
+            `dict[str, float]`: keyed as logged. NaN where there was no live unit.
         """
         state = torch.cat([self._sums, self._extremes])
         by_rank = gather(state).view(-1, len(state)).cpu().double()
@@ -138,5 +125,5 @@ class RatioStatistics:
             # At most 1 but for rounding; without a value where all ratios underflow.
             "gspo/ratio/ess": min(mean * mean / mean_square, 1.0) if mean_square > 0 else math.nan,
             "gspo/kl_old": sums["kl_old"] / tokens,
-            "gspo/live_fraction": sums["live"] / sums["sequences"],
+            "gspo/live_fraction": sums["live"] / sums["units"],
         }

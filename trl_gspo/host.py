@@ -1,4 +1,4 @@
-"""The TRL this package rides on: imported here and nowhere else, after checking that it is one we know."""
+"""The TRL that trainer and config ride on, imported after checking that it is one we know."""
 
 import inspect
 import warnings
@@ -89,6 +89,7 @@ def check_trl() -> None:
 check_trl()
 
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402 - only after the check, whose message beats an AttributeError
+from trl.trainer.utils import nanstd  # noqa: E402
 
 
-__all__ = ["SUPPORTED_TRL", "GRPOConfig", "GRPOTrainer", "check_trl"]
+__all__ = ["SUPPORTED_TRL", "GRPOConfig", "GRPOTrainer", "check_trl", "nanstd"]

@@ -5,12 +5,15 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig
 
 from .config import GSPOConfig
+from .credit import StepCredit, check_advantages, step_kind
 from .diagnostics import RatioStatistics
-from .host import GRPOTrainer
+from .host import GRPOTrainer, nanstd
+from .objective import token_log_ratio, turn_ids
 
 
 class GSPOTrainer(GRPOTrainer):
@@ -24,6 +27,14 @@ class GSPOTrainer(GRPOTrainer):
     Args:
         args ([`GSPOConfig`] or `GRPOConfig`, *optional*):
             A `GRPOConfig` is converted by [`GSPOConfig.from_grpo`] and left as it is.
+        reward_funcs:
+            As TRL's; functions marked by [`~trl_gspo.credit.turn_reward`] or [`~trl_gspo.credit.token_reward`] may
+            stand among them. Their credit is added to the advantage of the outcome, token by token.
+        advantage_func (`Callable`, *optional*):
+            Credit of one's own, called once a rollout batch on each rank with its rows, by keyword: `advantages`
+            (`(B,)`, group-normalised, or `(B, T)` with step rewards), `rewards` (by function, each `(B,)`, NaN for
+            `None`), `completions`, `completion_ids`, `completion_mask` and `tool_mask` (`(B, T)`, `tool_mask` may be
+            `None`) and `turn_ids` (`(B, T)`, -1 off trained tokens). Returns advantages, `(B,)` or `(B, T)`.
 
     Raises:
         ValueError: before a model is loaded, if the dataset holds too few prompts for one rollout batch; in the loss,
@@ -60,19 +71,101 @@ class GSPOTrainer(GRPOTrainer):
     }
 
     @functools.wraps(GRPOTrainer.__init__)
-    def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, *others, **named_others):
+    def __init__(
+        self, model, reward_funcs=None, args=None, train_dataset=None, *others, advantage_func=None, **named_others
+    ):
         if args is None:
             model_id = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
             args = GSPOConfig(f"{model_id.split('/')[-1]}-GSPO")
         elif not isinstance(args, GSPOConfig):
             args = GSPOConfig.from_grpo(args)
         _check_rollout_batch(args, train_dataset)
+        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        steps = [getattr(function, "__name__", repr(function)) for function in functions if step_kind(function)]
+        if steps and args.importance_sampling_level == "sequence":
+            raise ValueError(
+                f"The step reward {steps[0]!r} gives credit to single tokens, which "
+                "`importance_sampling_level='sequence'` spreads evenly over all of them: set it to 'turn' or "
+                "'sequence_token'."
+            )
         super().__init__(model, reward_funcs, args, train_dataset, *others, **named_others)
+        self.advantage_func = advantage_func
+        self._step_credit = StepCredit(self.reward_funcs)
+        self.reward_funcs = self._step_credit.wrap(self.reward_funcs)
         if args.disable_dropout:
             for network in filter(None, (self.model, self.ref_model)):
                 _disable_functional_dropout(network)
         self._ratio_statistics = {"train": RatioStatistics(), "eval": RatioStatistics()}
-        self._per_token_logps = None
+        self._per_token_logps = self._loss_inputs = self._loss_mask = None
+        if args.importance_sampling_level != "sequence":
+            self.importance_sampling_level = "token"  # of the parent's loss: see `_as_gspo_token`
+
+    def _generate(self, prompts):
+        rollout = super()._generate(prompts)
+        _, completion_ids, tool_mask, self._completions, *_ = rollout
+        self._step_credit.begin(completion_ids, tool_mask)
+        return rollout
+
+    def _calculate_rewards(self, *args, **kwargs):
+        self._rewards_per_func = super()._calculate_rewards(*args, **kwargs)
+        # TRL normalises outcomes of the functions that gave one: a step reward is none.
+        outcomes = self._rewards_per_func.clone()
+        outcomes[:, list(self._step_credit.kinds)] = torch.nan
+        return outcomes
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        mask = output["completion_mask"]
+        mask = mask * output["tool_mask"] if "tool_mask" in output else mask
+        mode = "train" if self.model.training else "eval"
+        if self._step_credit.kinds:
+            num_generations = self.num_generations if mode == "train" else self.num_generations_eval
+            credit = self._step_credit.advantages(
+                self.reward_weights,
+                mask.size(1),
+                num_generations,
+                self.scale_rewards,
+                self.args.step_discount,
+                self.accelerator.gather,
+                self.accelerator.process_index,
+                mask.device,
+            )
+            output["advantages"] = (output["advantages"].unsqueeze(1) + credit).float()
+            self._log_step_rewards(mode, num_generations)
+        if self.advantage_func is not None:
+            rank = self.accelerator.process_index
+            rewards = self._rewards_per_func[rank * len(mask) : (rank + 1) * len(mask)]
+            output["advantages"] = check_advantages(
+                self.advantage_func(
+                    advantages=output["advantages"],
+                    rewards=dict(zip(self.reward_func_names, rewards.unbind(1), strict=True)),
+                    completions=self._completions,
+                    completion_ids=output["completion_ids"],
+                    completion_mask=output["completion_mask"],
+                    tool_mask=output.get("tool_mask"),
+                    turn_ids=turn_ids(mask),
+                ),
+                mask,
+            )
+        return output
+
+    def _log_step_rewards(self, mode, num_generations):
+        """Puts the totals of step rewards into TRL's logs, which saw no outcome of those functions."""
+        rewards, metrics = self._rewards_per_func, self._metrics[mode]
+        for index in self._step_credit.kinds:
+            name, column = self.reward_func_names[index], rewards[:, index]
+            metrics[f"rewards/{name}/mean"][-1] = column.nanmean().item()
+            metrics[f"rewards/{name}/std"][-1] = nanstd(column).item()
+            table = self._logs["rewards"][name]
+            for _ in range(min(len(column), len(table))):
+                table.pop()
+            table.extend(column.tolist())
+        total = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
+        total[rewards.isnan().all(1)] = torch.nan
+        metrics["reward"][-1] = total.nanmean().item()
+        metrics["reward_std"][-1] = nanstd(total).item()
+        spread = nanstd(total.view(-1, num_generations), dim=1)
+        metrics["frac_reward_zero_std"][-1] = torch.isclose(spread, torch.zeros_like(spread)).float().mean().item()
 
     def training_step(self, *args, **kwargs):
         with _config_dropout_off(self.model.config) if self.args.disable_dropout else nullcontext():
@@ -82,30 +175,56 @@ class GSPOTrainer(GRPOTrainer):
         logps, *others = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         # TRL 1.14 returns the model's dtype, and in bfloat16 the ratio would round to 1.
         logps = logps.float()
-        # The parent does not hand its log-probabilities out. The last ones it asks for in the loss are the policy's.
-        self._per_token_logps = logps.detach()
+        if self._loss_inputs is not None:
+            # The parent does not hand its log-probabilities out, and reads the old ones after it has these.
+            self._per_token_logps = logps.detach()
+            if self.args.importance_sampling_level != "sequence":
+                logps = self._as_gspo_token(logps)
         return logps, *others
 
+    def _as_gspo_token(self, logps):
+        """
+        Makes the parent's token-level loss GSPO-token, and returns the log-probabilities for it.
+
+        The parent takes `exp(logp - old)` at each token. With `old = sg[logp] - sg[log s]`, `s` the ratio of the
+        token's unit, that is `s_t` of GSPO-token: the unit's value, the token's gradient. In float64, because the
+        difference of the two would lose a log-ratio of 1e-4 to float32's rounding.
+        """
+        inputs = self._loss_inputs
+        true_old = inputs.get("old_per_token_logps", logps.detach())
+        # The off-policy mask falls back on the old log-probabilities, and must see the true ones.
+        inputs.setdefault("sampling_per_token_logps", true_old)
+        log_ratio = token_log_ratio(logps.detach(), true_old, self._loss_mask, self.args.importance_sampling_level)
+        logps = logps.to(log_ratio.dtype)
+        inputs["old_per_token_logps"] = logps.detach() - log_ratio
+        return logps
+
     def _compute_loss(self, model, inputs):
-        advantages = inputs["advantages"]
-        if advantages.dim() != 1:
-            raise ValueError(
-                f"`advantages` must be (B,), one for each sequence, got {tuple(advantages.shape)}: at "
-                "`importance_sampling_level='sequence'` the ratio spreads an advantage evenly over the tokens, and "
-                "credit for single tokens would be lost."
-            )
-        loss = super()._compute_loss(model, inputs)
-        logps, self._per_token_logps = self._per_token_logps, None
         mask = inputs["completion_mask"]
+        mask = mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
+        level = self.args.importance_sampling_level
+        if level == "sequence" and inputs["advantages"].dim() != 1:
+            raise ValueError(
+                f"`advantages` must be (B,), one for each sequence, got {tuple(inputs['advantages'].shape)}: at "
+                "`importance_sampling_level='sequence'` the ratio spreads an advantage evenly over the tokens, and "
+                "credit for single tokens would be lost. Set it to 'sequence_token' or 'turn'."
+            )
+        self._loss_inputs, self._loss_mask = dict(inputs), mask
+        try:
+            loss = super()._compute_loss(model, self._loss_inputs)
+            logps = self._per_token_logps
+        finally:
+            self._loss_inputs = self._loss_mask = self._per_token_logps = None
         self._ratio_statistics["train" if self.model.training else "eval"].update(
             logps,
             inputs.get("old_per_token_logps", logps),
-            advantages,
-            mask * inputs["tool_mask"] if "tool_mask" in inputs else mask,
+            inputs["advantages"],
+            mask,
             self.epsilon_low,
             self.epsilon_high,
+            level,
         )
-        return loss
+        return loss if level == "sequence" else loss.float()
 
     def log(self, logs, start_time=None):
         mode = "train" if self.model.training else "eval"
