@@ -17,11 +17,12 @@ import shutil
 import string
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from plot import draw, load_logs
-from tiny import make_model, make_tokenizer, sorting_rows, write_jsonl
+from tiny import make_model, make_tokenizer, maybe_shuffled, pretrain, sorting_rows, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -43,7 +44,7 @@ def prepare(seed: int) -> None:
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(string.digits + "=")
     model = make_model(tokenizer, hidden_size=96)
-    pretrain(model, tokenizer, pretraining, random.Random(seed))
+    pretrain(model, corrupted_answers(tokenizer, pretraining, random.Random(seed)), PRETRAIN_STEPS)
     model.save_pretrained(BASE_MODEL)
     tokenizer.save_pretrained(BASE_MODEL)
     (OUTPUT / "started.json").write_text(json.dumps({"started": started, "seed": seed}))
@@ -59,24 +60,18 @@ def _split(rows: list, *sizes: int) -> list[list]:
     return [*parts, rows[start:]]
 
 
-def pretrain(model, tokenizer, rows: list[dict], generator: random.Random) -> None:
-    optimizer = torch.optim.AdamW(model.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=PRETRAIN_STEPS)
-    for _ in range(PRETRAIN_STEPS):
-        texts, prompt_length = [], len(rows[0]["prompt"])
-        for row in generator.sample(rows, PRETRAIN_BATCH):
-            answer = list(row["solution"])
-            if generator.random() < CORRUPTED:
-                generator.shuffle(answer)
-            texts.append(row["prompt"] + "".join(answer) + tokenizer.eos_token)
+def corrupted_answers(tokenizer, rows: list[dict], generator: random.Random) -> Iterator[tuple]:
+    """Batches for `pretrain`, without end: the answers of `rows`, of which some are shuffled."""
+    prompt_length = len(rows[0]["prompt"])
+    while True:
+        texts = [
+            row["prompt"] + maybe_shuffled(row["solution"], CORRUPTED, generator) + tokenizer.eos_token
+            for row in generator.sample(rows, PRETRAIN_BATCH)
+        ]
         input_ids = tokenizer(texts, return_tensors="pt")["input_ids"]
         labels = input_ids.clone()
         labels[:, :prompt_length] = -100
-        loss = model(input_ids=input_ids, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+        yield input_ids, labels
 
 
 @torch.no_grad()

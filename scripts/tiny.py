@@ -3,8 +3,11 @@
 import json
 import random
 import string
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
+import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -53,6 +56,26 @@ def make_model(tokenizer, moe: bool = False, hidden_size: int = 32, layers: int 
         config |= dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=hidden_size)
         return Qwen3MoeForCausalLM(Qwen3MoeConfig(**config | overrides))
     return Qwen3ForCausalLM(Qwen3Config(**config | overrides))
+
+
+def pretrain(model, batches: Iterator[tuple[torch.Tensor, torch.Tensor]], steps: int) -> None:
+    """Trains `model` on `batches` of `(input_ids, labels)`, both `(B, T)`; a label of -100 is not learnt."""
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
+    for input_ids, labels in islice(batches, steps):
+        loss = model(input_ids=input_ids, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
+def maybe_shuffled(answer: str, probability: float, generator: random.Random) -> str:
+    """`answer`, with its characters shuffled with `probability`: what a base model shall be unsure about."""
+    characters = list(answer)
+    if generator.random() < probability:
+        generator.shuffle(characters)
+    return "".join(characters)
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:

@@ -6,23 +6,29 @@ Trains a model with GSPO.
     accelerate launch scripts/train.py --config configs/qwen7b.yaml --resume
 
 Any field of the script's own arguments (below), of `GSPOConfig` and of TRL's `ModelConfig` can stand in the YAML file
-and on the command line, where it wins. Ctrl-C and SIGTERM save a checkpoint, and the run goes on with `--resume`.
+and on the command line, where it wins. Ctrl-C and SIGTERM save a checkpoint at the end of the step; `--resume` goes on
+from it.
 
-Exit codes: 0 done; 2 bad input, named in one line; 130 stopped by Ctrl-C, 143 by SIGTERM, both with a checkpoint.
+Exit codes of this script: 0 done; 2 bad input, named in one line; 130 stopped by Ctrl-C, 143 by SIGTERM, both with a
+checkpoint. Launchers have exit codes of their own, and torchrun, which `accelerate launch` uses for several processes,
+kills the workers 30 seconds after it was told to stop. Where a step takes longer than that, signal a worker instead:
+all of them stop together.
 """
 
 import difflib
 import json
 import os
+import shlex
+import shutil
 import signal
 import sys
 import time
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 from transformers import ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_gspo import GSPOConfig, GSPOTrainer
@@ -66,7 +72,7 @@ class ScriptArguments:
         resume (`bool`, *optional*, defaults to `False`):
             Whether to go on from the last checkpoint in `output_dir`; without one the run starts from the beginning.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
-            Whether to start anew in an `output_dir` that holds checkpoints.
+            Whether to start anew in an `output_dir` that holds checkpoints, and delete those.
     """
 
     dataset_name: str | None = field(
@@ -103,7 +109,8 @@ class ScriptArguments:
         default=False, metadata={"help": "Whether to go on from the last checkpoint in `output_dir`."}
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Whether to start anew in an `output_dir` that holds checkpoints."}
+        default=False,
+        metadata={"help": "Whether to start anew in an `output_dir` that holds checkpoints, and delete those."},
     )
 
     def __post_init__(self):
@@ -136,15 +143,22 @@ class Parser(TrlParser):
 
     def set_defaults_with_config(self, **config):
         actions = {action.dest: action for action in self._actions}
+        hints = {
+            name: str(hint) for kind in self.dataclass_types for name, hint in typing.get_type_hints(kind).items()
+        }
         unknown = [key for key in config if key not in actions]
         if unknown:
             raise ValueError(self._unknown(unknown))
         for key, value in config.items():
-            action = actions[key]
-            if isinstance(value, (list, dict)) and action.nargs != "+" and action.type is not str:
-                raise ValueError(f"`{key}: {value!r}` is not one value, as `{key}` is.")
-            # argparse converts a default, and so complains about a wrong one, only where it is a string.
-            if isinstance(value, (bool, int, float)) and action.type is not str:
+            action, hint = actions[key], hints.get(key, "")
+            if action.nargs == "+" and isinstance(value, (str, int, float)):
+                config[key] = [str(value)]
+            elif isinstance(value, (list, dict)):
+                if type(value).__name__ not in hint:
+                    raise ValueError(f"`{key}: {value!r}` is a {type(value).__name__}, and `{key}` takes one value.")
+            # argparse converts a default, and so complains about a wrong one, only where it is a string. A boolean
+            # stays one where text is expected: TRL reads `scale_rewards: false` so.
+            elif isinstance(value, (int, float)) and not (isinstance(value, bool) and action.type is str):
                 config[key] = str(value)
         return super().set_defaults_with_config(**config)
 
@@ -166,28 +180,62 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, GSPOConfig, ModelConfig]:
 
 
 def find_checkpoint(script_args: ScriptArguments, training_args: GSPOConfig) -> str | None:
-    """The checkpoint to go on from. An earlier run's checkpoints are never mixed with a new one's."""
+    """The checkpoint to go on from, `None` to start anew. An earlier run's are never mixed with a new one's."""
+    if str(training_args.resume_from_checkpoint).lower() in ("true", "false"):  # as other trainers' scripts have it
+        script_args.resume = str(training_args.resume_from_checkpoint).lower() == "true"
+        training_args.resume_from_checkpoint = None
     if training_args.resume_from_checkpoint is not None:
         if not os.path.isdir(training_args.resume_from_checkpoint):
             raise FileNotFoundError(f"`resume_from_checkpoint={training_args.resume_from_checkpoint}` is no folder.")
         return training_args.resume_from_checkpoint
     output_dir = training_args.output_dir
-    last = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
+    if os.path.isfile(output_dir):
+        raise NotADirectoryError(f"`output_dir={output_dir}` is a file.")
+    checkpoints = list_checkpoints(output_dir)
     if script_args.resume:
-        if last is None:
-            print(f"No checkpoint in {output_dir}: the run starts from the beginning.")
-        return last
-    if last is not None and not script_args.overwrite_output_dir:
+        for checkpoint in checkpoints:
+            # The Trainer writes this file last: without it the writing of the checkpoint was cut off.
+            if (checkpoint / "trainer_state.json").is_file():
+                return str(checkpoint)
+            print(f"{checkpoint} is incomplete and passed over.")
+        print(f"No checkpoint in {output_dir}: the run starts from the beginning.")
+    elif checkpoints and not script_args.overwrite_output_dir:
         raise FileExistsError(
-            f"`output_dir={output_dir}` holds {os.path.basename(last)} of an earlier run: go on with --resume, choose "
-            "another --output_dir, or start anew with --overwrite_output_dir, which lets new checkpoints replace it."
+            f"`output_dir={output_dir}` holds {checkpoints[0].name} of an earlier run: go on with --resume, choose "
+            "another --output_dir, or start anew with --overwrite_output_dir, which deletes the checkpoints there."
         )
     return None
 
 
+def list_checkpoints(output_dir: str) -> list[Path]:
+    """The checkpoint folders of a run, newest first."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[-1]), reverse=True)
+
+
+def is_finished(checkpoint: str, training_args: GSPOConfig) -> bool:
+    """Whether a checkpoint is the end of the run it belongs to, at the steps that are asked for now."""
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
+    wanted = training_args.max_steps if training_args.max_steps > 0 else state["max_steps"]
+    return state["global_step"] >= wanted
+
+
 def load_data(script_args: ScriptArguments, training_args: GSPOConfig):
+    train_name, eval_name = script_args.dataset_name, script_args.eval_dataset_name or script_args.dataset_name
+    splits = (script_args.dataset_train_split, script_args.dataset_test_split)
+    if script_args.dataset_streaming and training_args.max_steps <= 0:
+        raise ValueError("`dataset_streaming` needs `max_steps`: a stream has no length.")
+    if training_args.eval_strategy != "no" and eval_name == train_name and os.path.isfile(eval_name):
+        if not any("[" in split for split in splits):
+            raise ValueError(
+                f"`eval_strategy` is set, and `{eval_name}` has no split to evaluate on that was not trained on: it "
+                "is a file. Set `eval_dataset_name`, or slices: `dataset_train_split: train[100:]` and "
+                "`dataset_test_split: test[:100]`."
+            )
+
     def load(name, split):
-        rows = load_rows(name, split, script_args.dataset_config, script_args.dataset_streaming)
+        config = script_args.dataset_config if name == train_name else None
+        rows = load_rows(name, split, config, script_args.dataset_streaming)
         return to_prompts(
             rows,
             script_args.prompt_column,
@@ -197,10 +245,8 @@ def load_data(script_args: ScriptArguments, training_args: GSPOConfig):
             script_args.solution_column,
         )
 
-    train = load(script_args.dataset_name, script_args.dataset_train_split)
-    if training_args.eval_strategy == "no":
-        return train, None
-    return train, load(script_args.eval_dataset_name or script_args.dataset_name, script_args.dataset_test_split)
+    train = load(train_name, splits[0])
+    return train, None if training_args.eval_strategy == "no" else load(eval_name, splits[1])
 
 
 def summarize(log_history: list[dict], rollout_steps: int, **facts) -> dict:
@@ -211,12 +257,7 @@ def summarize(log_history: list[dict], rollout_steps: int, **facts) -> dict:
     first and the last so many: in the first step of a rollout it is 0 by definition, and it rises from step to step.
     """
     logs = [entry for entry in log_history if "reward" in entry]
-    tokens = counted = 0
-    for entry in logs:
-        # TRL counts from zero again after a resume.
-        tokens += entry["num_tokens"] - (counted if entry["num_tokens"] >= counted else 0)
-        counted = entry["num_tokens"]
-    summary = facts | {"tokens": int(tokens)}
+    summary = facts | {"tokens": int(logs[-1]["num_tokens"]) if logs else 0}
     for name, entries in (
         ("reward", logs),
         ("eval_reward", [entry for entry in log_history if "eval_reward" in entry]),
@@ -235,6 +276,33 @@ def summarize(log_history: list[dict], rollout_steps: int, **facts) -> dict:
     return summary
 
 
+def make_trainer(training_args, model_args, rewards, train_dataset, eval_dataset, stop) -> GSPOTrainer:
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    } | (training_args.model_init_kwargs or {})
+    try:
+        trainer = GSPOTrainer(
+            model=model_args.model_name_or_path,
+            reward_funcs=rewards,
+            args=training_args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=[stop],
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+        )
+    except OSError as error:  # transformers' own does not always name what it looked for
+        raise OSError(
+            f"The model {model_args.model_name_or_path!r} or a reward model cannot be loaded: {error}"
+        ) from error
+    if not training_args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(RewardProgressCallback)
+    return trainer
+
+
 def main(argv: list[str]) -> int:
     started = time.time()
     try:
@@ -248,44 +316,38 @@ def main(argv: list[str]) -> int:
         for rows in filter(None, (train_dataset, eval_dataset)):
             for reward in rewards:
                 check_columns(reward, rows.column_names or list(next(iter(rows))))
+        if checkpoint is not None and is_finished(checkpoint, training_args):
+            print(f"{checkpoint} is the end of this run. To train on, set a larger `max_steps`.")
+            return 0
+        stop = StopOnSignalCallback()
+        trainer = make_trainer(training_args, model_args, rewards, train_dataset, eval_dataset, stop)
     except (ValueError, OSError, yaml.YAMLError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"train.py: {error}", file=sys.stderr)
         return 2
 
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-    } | (training_args.model_init_kwargs or {})
-    stop = StopOnSignalCallback()
-    trainer = GSPOTrainer(
-        model=model_args.model_name_or_path,
-        reward_funcs=rewards,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        callbacks=[stop],
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
-    if not training_args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(RewardProgressCallback)
-
-    result = trainer.train(resume_from_checkpoint=checkpoint)
     output_dir = Path(training_args.output_dir)
+    if script_args.overwrite_output_dir and checkpoint is None:
+        if trainer.is_world_process_zero():
+            for old in list_checkpoints(training_args.output_dir):
+                shutil.rmtree(old)
+        trainer.accelerator.wait_for_everyone()
+    result = trainer.train(resume_from_checkpoint=checkpoint)
     if stop.signum is not None:
-        command = " ".join(["accelerate launch", *sys.argv[:1], *argv] + ([] if script_args.resume else ["--resume"]))
+        words = ["accelerate", "launch", sys.argv[0], *argv]
         trainer.accelerator.print(
             f"Stopped by {signal.Signals(stop.signum).name} at step {trainer.state.global_step}, saved in "
-            f"{get_last_checkpoint(str(output_dir))}. Go on with: {command}"
+            f"{output_dir / f'checkpoint-{trainer.state.global_step}'}. Go on with: "
+            f"{shlex.join(words if '--resume' in argv else [*words, '--resume'])}"
         )
         finish(trainer)
         return 128 + stop.signum
 
     trainer.save_model(training_args.output_dir)
     trainer.save_state()
-    trainer.create_model_card(model_name=output_dir.name, dataset_name=script_args.dataset_name)
+    # A local path means nothing to a reader of the card, and is nobody's business.
+    dataset_name = None if os.path.exists(script_args.dataset_name) else script_args.dataset_name
+    trainer.create_model_card(model_name=output_dir.name, dataset_name=dataset_name)
     if trainer.is_world_process_zero():
         args = training_args
         summary = summarize(
@@ -300,7 +362,7 @@ def main(argv: list[str]) -> int:
         (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         report(summary)
     if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.push_to_hub(dataset_name=dataset_name)
     finish(trainer)
     return 0
 

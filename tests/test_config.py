@@ -27,6 +27,7 @@ DEFAULTS = {
     "beta": 0.0,
     "steps_per_generation": None,
     "disable_dropout": True,
+    "step_discount": 1.0,
 }
 # What `from_grpo` makes of a `GRPOConfig` with TRL's defaults, as it is logged.
 CONVERSION = {
@@ -113,7 +114,7 @@ def test_defaults(make):
 
 def test_every_other_default_is_that_of_trl(make, make_grpo):
     assert set(changed_fields(make_grpo(), make())) == set(CONVERSION)
-    assert list(field_values(make())) == list(field_values(make_grpo()))
+    assert list(field_values(make())) == [*field_values(make_grpo()), "step_discount"]
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
@@ -194,19 +195,29 @@ def test_luspo_is_accepted(make, logged):
     assert logged() == []
 
 
-@pytest.mark.parametrize(
-    ("level", "reason"),
-    [
-        ("token", "is refused: it is GRPO. .*`GRPOTrainer`"),
-        ("sequence_token", "belongs to GSPO-token, which this version does not have yet"),
-        ("turn", "belongs to GSPO-token, which this version does not have yet"),
-        ("word", "is refused: it is not known"),
-    ],
-)
+@pytest.mark.parametrize("level", ["sequence", "sequence_token", "turn"])
+def test_levels_are_accepted(make, logged, level):
+    assert make(importance_sampling_level=level).importance_sampling_level == level
+    assert logged() == []
+
+
+@pytest.mark.parametrize(("level", "reason"), [("token", "it is GRPO"), ("word", "it is not known")])
 def test_other_levels_are_refused(make, level, reason):
-    with pytest.raises(ValueError, match=f"^`importance_sampling_level='{level}'` {reason}") as raised:
+    with pytest.raises(ValueError, match=f"^`importance_sampling_level='{level}'` is refused: {reason}") as raised:
         make(importance_sampling_level=level)
-    assert "Set `importance_sampling_level='sequence'`" in str(raised.value)
+    assert "Set it to one of 'sequence', 'sequence_token', 'turn', or use TRL's `GRPOTrainer`" in str(raised.value)
+
+
+@pytest.mark.parametrize("value", [1, 1.0, 0.5, 1e-9])
+def test_step_discount_in_its_range_is_accepted(make, value):
+    assert make(step_discount=value).step_discount == value
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -0.5, 1.0001, 2, float("nan"), float("inf"), True, False, "1", None])
+def test_step_discount_outside_its_range_is_refused(make, value):
+    with pytest.raises(ValueError, match=r"^`step_discount` must be a number in \(0, 1\], got ") as raised:
+        make(step_discount=value)
+    assert f"got {value!r}." in str(raised.value)
 
 
 @pytest.mark.parametrize("name", FOREIGN)

@@ -5,35 +5,43 @@ import math
 import numpy as np
 import pytest
 import torch
+from test_objective import units_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trl_gspo.diagnostics import RatioStatistics
+from trl_gspo.objective import LEVELS
 
 
 EPSILONS = (3e-4, 4e-4)
 
 
-def reference_metrics(batches, epsilon_low, epsilon_high):
-    """The definitions of the metrics, one sequence at a time in float64."""
-    rows, ratios, tokens, kls, low, high = 0, [], [], [], [], []
+def reference_metrics(batches, epsilon_low, epsilon_high, level="sequence"):
+    """The definitions of the metrics, one unit at a time in float64."""
+    rows, ratios, tokens, clipped_tokens, kls, low, high = 0, [], [], [], [], [], []
     for batch in batches:
-        for new, old, advantage, mask in zip(*(tensor.numpy() for tensor in batch), strict=True):
-            rows += 1
-            log_ratios = new[mask].astype(np.float64) - old[mask].astype(np.float64)
-            if advantage == 0 or len(log_ratios) == 0:
-                continue
-            ratio = np.exp(log_ratios.mean())
-            ratios.append(ratio)
-            tokens.append(len(log_ratios))
-            kls.append(np.sum(np.expm1(log_ratios) - log_ratios))
-            low.append(ratio < 1 - epsilon_low and advantage < 0)
-            high.append(ratio > 1 + epsilon_high and advantage > 0)
+        for new, old, advantages, mask in zip(*(tensor.numpy() for tensor in batch), strict=True):
+            units = units_of(mask, level)
+            rows += len(units) if level == "turn" else 1
+            advantages = np.broadcast_to(advantages, mask.shape)
+            for unit in units:
+                log_ratios = new[unit].astype(np.float64) - old[unit].astype(np.float64)
+                if not advantages[unit].any():
+                    continue
+                ratio = np.exp(log_ratios.mean())
+                ratios.append(ratio)
+                tokens.append(len(unit))
+                kls.append(np.sum(np.expm1(log_ratios) - log_ratios))
+                is_low = (advantages[unit] < 0) & (ratio < 1 - epsilon_low)
+                is_high = (advantages[unit] > 0) & (ratio > 1 + epsilon_high)
+                low.append(is_low.any())
+                high.append(is_high.any())
+                clipped_tokens.append(np.sum(is_low | is_high))
     ratios, tokens, low, high = map(np.array, (ratios, tokens, low, high))
     return {
         "gspo/clip_fraction/sequences": np.mean(low | high),
         "gspo/clip_fraction/low": np.mean(low),
         "gspo/clip_fraction/high": np.mean(high),
-        "gspo/clip_fraction/tokens": np.sum(tokens * (low | high)) / np.sum(tokens),
+        "gspo/clip_fraction/tokens": np.sum(clipped_tokens) / np.sum(tokens),
         "gspo/ratio/mean": np.mean(ratios),
         "gspo/ratio/std": np.std(ratios),
         "gspo/ratio/min": np.min(ratios),
@@ -57,17 +65,33 @@ def make_batch(rows, length, seed, spread=3e-3, dtype=torch.float32):
     return logps.to(dtype), old.to(dtype), advantages.to(dtype), mask
 
 
+def with_token_advantages(batch, seed):
+    """`batch` with an advantage for each token: both signs in a row, some 0, dead rows as before, NaN in padding."""
+    logps, old, advantages, mask = batch
+    generator = torch.Generator().manual_seed(seed)
+    per_token = torch.randn(mask.shape, generator=generator) * (torch.rand(mask.shape, generator=generator) > 0.3)
+    per_token[advantages == 0] = 0
+    return logps, old, per_token.masked_fill(~mask, math.nan), mask
+
+
 BATCHES = [make_batch(rows, length, seed) for seed, (rows, length) in enumerate([(8, 20), (3, 7), (16, 33), (5, 1)])]
+
+TOKEN_BATCHES = [with_token_advantages(batch, seed) for seed, batch in enumerate(BATCHES)]
+LEVELS_AND_BATCHES = pytest.mark.parametrize(
+    ("level", "batches"),
+    [("turn", BATCHES), ("turn", TOKEN_BATCHES), ("sequence_token", BATCHES), ("sequence_token", TOKEN_BATCHES)],
+    ids=["turn B", "turn BT", "token B", "token BT"],
+)
 
 
 def gathered_alone(state):
     return state
 
 
-def accumulate(batches, epsilons=EPSILONS):
+def accumulate(batches, epsilons=EPSILONS, level="sequence"):
     statistics = RatioStatistics()
     for batch in batches:
-        statistics.update(*batch, *epsilons)
+        statistics.update(*batch, *epsilons, level)
     return statistics
 
 
@@ -85,6 +109,45 @@ def test_equals_plain_numpy_over_updates(epsilons):
     expected = reference_metrics(BATCHES, *epsilons)
     assert 0 < expected["gspo/clip_fraction/low"] != expected["gspo/clip_fraction/high"] > 0
     assert_metrics(accumulate(BATCHES, epsilons).compute(gathered_alone), expected, rel=2e-5)
+
+
+@pytest.mark.parametrize("epsilons", [EPSILONS, (1e-3, 5e-5)])
+@LEVELS_AND_BATCHES
+def test_other_units_equal_plain_numpy_over_updates(level, batches, epsilons):
+    expected = reference_metrics(batches, *epsilons, level)
+    assert 0 < expected["gspo/clip_fraction/low"] != expected["gspo/clip_fraction/high"] > 0
+    assert 0 < expected["gspo/live_fraction"] < 1
+    assert_metrics(accumulate(batches, epsilons, level).compute(gathered_alone), expected, rel=2e-5)
+    if level == "turn" or batches is TOKEN_BATCHES:
+        assert expected != pytest.approx(reference_metrics(BATCHES, *epsilons))
+
+
+@LEVELS_AND_BATCHES
+def test_other_units_add_up_over_ranks(level, batches):
+    first, second = accumulate(batches[:1], level=level), accumulate(batches[1:], level=level)
+    states = []
+    second.compute(lambda state: states.append(state) or state)
+    metrics = first.compute(lambda state: torch.cat([state, *states]))
+    assert_metrics(metrics, reference_metrics(batches, *EPSILONS, level), rel=2e-5)
+
+
+# One row, eps 0.25 and 0.5. Turn 1: token ratios 2 and 8, s = 4, A (1, -1): clipped above for one of its two tokens.
+# Turn 2: ratio 1.2, A 1. Turn 3: ratio 9, A 0: dead. A row of one turn of ratio 1/4, A -1: clipped below.
+#   live 3 of 4 turns; clipped 2 of 3; tokens clipped 2 of 4; mean (4 + 1.2 + 0.25) / 3
+def test_turns_worked_out_by_hand():
+    ratios = torch.tensor([[2, 8, 1, 1.2, 1, 9], [0.25, 1, 1, 1, 1, 1]], dtype=torch.float64)
+    advantages = torch.tensor([[1.0, -1, 9, 1, 9, 0], [-1.0, 9, 9, 9, 9, 9]])
+    mask = torch.tensor([[1, 1, 0, 1, 0, 1], [1, 0, 0, 0, 0, 0]])
+    statistics = RatioStatistics()
+    statistics.update(ratios.log(), torch.zeros_like(ratios), advantages, mask, 0.25, 0.5, "turn")
+    metrics = statistics.compute(gathered_alone)
+    expected = {"sequences": 2 / 3, "low": 1 / 3, "high": 1 / 3, "tokens": 2 / 4}
+    assert {name: metrics[f"gspo/clip_fraction/{name}"] for name in expected} == pytest.approx(expected)
+    assert metrics["gspo/live_fraction"] == 3 / 4
+    assert metrics["gspo/ratio/mean"] == pytest.approx(5.45 / 3)
+    assert (metrics["gspo/ratio/min"], metrics["gspo/ratio/max"]) == pytest.approx((0.25, 4))
+    k3 = (2 + 8 + 1.2 + 0.25) - 4 - math.log(2 * 8 * 1.2 * 0.25)
+    assert metrics["gspo/kl_old"] == pytest.approx(k3 / 4)
 
 
 @pytest.mark.parametrize(
@@ -247,18 +310,20 @@ class _Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_update_reads_nothing_back_to_the_host():
+@pytest.mark.parametrize("level", LEVELS)
+def test_update_reads_nothing_back_to_the_host(level):
     # A meta tensor has no values: whatever asks for one (`.item()`, `bool()`, indexing by a mask) raises.
     statistics = RatioStatistics()
     for batch in BATCHES:
-        statistics.update(*(tensor.to("meta") for tensor in batch), *EPSILONS)
+        statistics.update(*(tensor.to("meta") for tensor in batch), *EPSILONS, level)
     assert statistics
 
 
-def test_update_copies_nothing_from_the_host():
+@pytest.mark.parametrize("level", LEVELS)
+def test_update_copies_nothing_from_the_host(level):
     # `torch.tensor(number, device="cuda")` makes the tensor on the host, and the copy waits for the stream.
     with _Operations() as operations:
-        accumulate(BATCHES)
+        accumulate(BATCHES, level=level)
     assert "masked_fill" in operations.names
     assert not operations.names & {"lift_fresh", "_local_scalar_dense", "is_nonzero", "nonzero"}
 

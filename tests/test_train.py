@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -47,13 +48,10 @@ def data(tmp_path):
     return str(write_jsonl(tmp_path / "data" / "train.jsonl", sorting_rows(32, seed=0)))
 
 
-def launch(argv, processes=1):
+def launch(argv, launcher=()):
     """Starts the script as a user does: by its path, in a process of its own."""
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.Popen(
-        [*launcher, str(ROOT / "scripts" / "train.py"), *argv],
+        [sys.executable, *launcher, str(ROOT / "scripts" / "train.py"), *argv],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -106,7 +104,15 @@ def test_bad_arguments_end_with_one_line(argv, message, capsys):
     ("text", "message"),
     [
         ("learning_rat: 0.1", "`learning_rat` is not an option, did you mean `learning_rate`?"),
-        ("num_generations: [4]", "`num_generations: [4]` is not one value"),
+        ("num_generations: [4]", "`num_generations: [4]` is a list, and `num_generations` takes one value"),
+        ("dataset_name: [a, b]", "`dataset_name: ['a', 'b']` is a list"),
+        ("model_name_or_path: {a: 1}", "is a dict, and `model_name_or_path` takes one value"),
+        ("reward_kwargs: [1]", "`reward_kwargs: [1]` is a list"),
+        (
+            "{reward_funcs: exact_mach_reward, dataset_name: 3, model_name_or_path: m, use_cpu: true, bf16: false}",
+            "has no 'exact_mach_reward'",
+        ),
+        ("{gradient_accumulation_steps: 0, dataset_name: d, reward_funcs: r}", "must be at least 1, got 0"),
         ("num_generations: 4.5", "num_generations/--num-generations: invalid int value: '4.5'"),
         ("- 1", "must contain a YAML mapping"),
         ("epsilon:\t- {", "while scanning"),
@@ -122,6 +128,7 @@ def test_the_command_line_wins_over_the_config(tmp_path):
     (tmp_path / "c.yaml").write_text(
         "model_name_or_path: m\ndataset_name: d\nreward_funcs: [a, b]\nepsilon: 3e-2\nepsilon_high: 0.04\n"
         "scale_rewards: false\nuse_cpu: true\nbf16: false\nlora_target_modules: [q, v]\nmodel_init_kwargs: {a: 1}\n"
+        "system_prompt: 3\nreport_to: [tensorboard]\n"
     )
     script_args, training_args, model_args = train.parse(
         ["--config", str(tmp_path / "c.yaml"), "--epsilon_high", "0.05", "--output_dir", str(tmp_path)]
@@ -130,6 +137,8 @@ def test_the_command_line_wins_over_the_config(tmp_path):
     assert (training_args.epsilon, training_args.epsilon_high) == (0.03, 0.05)
     assert training_args.scale_rewards == "none"
     assert training_args.model_init_kwargs == {"a": 1}
+    assert training_args.report_to == ["tensorboard"]
+    assert script_args.system_prompt == "3"
     assert model_args.lora_target_modules == ["q", "v"]
 
 
@@ -142,8 +151,57 @@ def test_missing_column_is_found_before_the_model_is_loaded(capsys, data, tmp_pa
     assert "needs the column 'solution'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eval_strategy": "steps"}, "has no split to evaluate on that was not trained on"),
+        ({"dataset_streaming": "true"}, "`dataset_streaming` needs `max_steps`"),
+        ({"prompt_template": "Q {} A"}, "`prompt_template` names the column ''"),
+        ({"reward_funcs": "json.decoder"}, "is a module and cannot be called"),
+        ({"model_name_or_path": "no/such"}, "model 'no/such' or a reward model cannot be loaded"),
+        ({"per_device_train_batch_size": 1024}, "`train_dataset` has 32 prompts, and one rollout batch takes 1024"),
+        ({"output_dir": __file__}, "is a file"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_input_that_only_shows_with_the_data_is_one_line_too(options, message, capsys, data, model_path, tmp_path):
+    options = {"output_dir": tmp_path / "o"} | options
+    given = {"dataset_name": data, "model_name_or_path": model_path} | options
+    assert train.main(arguments(**given)) == 2
+    assert message in capsys.readouterr().err
+
+
+def write_checkpoint(folder, step, max_steps=8, is_complete=True):
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    if is_complete:
+        (path / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": max_steps}))
+    return str(path)
+
+
+def test_resume_passes_over_a_checkpoint_that_was_cut_off(capsys, data, tmp_path):
+    write_checkpoint(tmp_path, 2)
+    right = write_checkpoint(tmp_path, 10)
+    write_checkpoint(tmp_path, 12, is_complete=False)
+    argv = arguments(dataset_name=data, model_name_or_path="m", output_dir=tmp_path)
+    for flag in ("--resume", "--resume_from_checkpoint=true"):
+        assert train.find_checkpoint(*train.parse([*argv, flag])[:2]) == right
+        assert "checkpoint-12 is incomplete and passed over" in capsys.readouterr().out
+    assert train.find_checkpoint(*train.parse([*argv, "--resume", "--output_dir", str(tmp_path / "new")])[:2]) is None
+    assert "starts from the beginning" in capsys.readouterr().out
+
+
+def test_a_finished_run_is_not_trained_on(capsys, data, tmp_path):
+    write_checkpoint(tmp_path, 8)
+    argv = arguments(dataset_name=data, model_name_or_path="no/such", output_dir=tmp_path)
+    for max_steps in ([], ["--max_steps", "8"]):
+        assert train.main([*argv, "--resume", *max_steps]) == 0
+        assert "checkpoint-8 is the end of this run" in capsys.readouterr().out
+    assert train.main([*argv, "--resume", "--max_steps", "9"]) == 2  # it goes on, to a model that is not there
+
+
 def test_an_earlier_run_is_neither_mixed_nor_overwritten(capsys, data, tmp_path):
-    (tmp_path / "o" / "checkpoint-3").mkdir(parents=True)
+    write_checkpoint(tmp_path / "o", 3)
     argv = arguments(dataset_name=data, model_name_or_path="no/such", output_dir=tmp_path / "o")
     assert train.main(argv) == 2
     assert "holds checkpoint-3 of an earlier run: go on with --resume" in capsys.readouterr().err
@@ -161,7 +219,7 @@ def test_summary_of_start_and_end():
         {"step": 3, "reward": 0.2, key: None, "num_tokens": 250},
         {"step": 3, "eval_reward": 0.3},
         {"step": 4, key: 0.7},
-        {"step": 5, "reward": 0.4, key: 0.0, "num_tokens": 80},  # counted from zero again
+        {"step": 5, "reward": 0.4, key: 0.0, "num_tokens": 330},
         {"step": 6, key: 0.2},
         {"step": 6, "train_loss": 0.0},
     ]
@@ -185,7 +243,8 @@ def test_summary_of_start_and_end():
 @pytest.mark.slow
 def test_a_run_leaves_model_card_and_summary(data, model_path, tmp_path):
     output = tmp_path / "run"
-    process = launch(run_arguments(data, model_path, output, max_steps=4))
+    write_checkpoint(output, 7)
+    process = launch([*run_arguments(data, model_path, output, max_steps=4), "--overwrite_output_dir"])
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 0, printed
     assert re.search(r"step 4/4: reward [\d.]+, clipped [\d.]+", printed), printed
@@ -193,9 +252,10 @@ def test_a_run_leaves_model_card_and_summary(data, model_path, tmp_path):
     AutoModelForCausalLM.from_pretrained(output)
     assert AutoTokenizer.from_pretrained(output).pad_token == "<pad>"
     card = (output / "README.md").read_text()
-    assert "GSPO" in card and "2507.18071" in card
+    assert "GSPO" in card and "2507.18071" in card and str(data) not in card
     summary = json.loads((output / "summary.json").read_text())
     assert summary["steps"] == 4 and summary["tokens"] > 0 and summary["output_dir"] == str(output)
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-4"]
 
 
 @pytest.mark.slow
@@ -210,7 +270,9 @@ def test_a_signal_saves_a_checkpoint_from_which_the_run_goes_on(signum, data, mo
     assert process.returncode == 128 + signum, printed
     stopped = re.search(rf"Stopped by {signum.name} at step (\d+), saved in {output}/checkpoint-(\d+)", printed)
     assert stopped and stopped[1] == stopped[2], printed
-    assert printed.rstrip().endswith("--resume")
+    resume = shlex.split(printed.rstrip().splitlines()[-1].split("Go on with: ")[1])
+    assert resume[:3] == ["accelerate", "launch", str(ROOT / "scripts" / "train.py")]
+    assert resume[3:] == [*argv, "--resume"]
 
     last = int(stopped[1]) + 2
     process = launch([*argv, "--resume", "--max_steps", str(last)])
@@ -221,10 +283,24 @@ def test_a_signal_saves_a_checkpoint_from_which_the_run_goes_on(signum, data, mo
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere accelerate's launcher takes the signal to the grave")
+def test_a_signal_to_the_launcher_saves_a_checkpoint(data, model_path, tmp_path):
+    output = tmp_path / "run"
+    argv = run_arguments(data, model_path, output, save_strategy="no", max_steps=2000)
+    process = launch(argv, launcher=["-m", "accelerate.commands.launch", "--num_processes=1"])
+    wait_for(process, "step 3/2000")
+    process.send_signal(signal.SIGTERM)
+    printed = process.stdout.read()  # to its end: the script's own, which outlives the launcher
+    assert "Stopped by SIGTERM at step" in printed, printed
+    (checkpoint,) = output.glob("checkpoint-*")
+    AutoModelForCausalLM.from_pretrained(checkpoint)
+
+
+@pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_both(data, model_path, tmp_path):
     output = tmp_path / "run"
     argv = run_arguments(data, model_path, output, save_strategy="no", max_steps=2000)
-    process = launch(argv, processes=2)
+    process = launch(argv, launcher=["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])
     wait_for(process, "step 3/2000")
     workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     assert len(workers) == 2

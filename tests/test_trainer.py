@@ -55,7 +55,7 @@ TINY = dict(
     gradient_checkpointing=False,
     disable_tqdm=True,
 )
-TRAINER_ARGUMENTS = set(inspect.signature(GRPOTrainer.__init__).parameters)
+TRAINER_ARGUMENTS = {*inspect.signature(GRPOTrainer.__init__).parameters, "advantage_func"}
 CLOCKS = ("step_time", "_runtime", "_per_second")
 
 

@@ -1,7 +1,7 @@
 """GSPO for Hugging Face TRL. Source: Group Sequence Policy Optimization, https://huggingface.co/papers/2507.18071"""
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 
 __version__ = "0.1.0.dev0"
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from .trainer import GSPOTrainer
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])

@@ -1,13 +1,26 @@
 """Trainer callbacks. They read what was logged and steer the run; none of them touches the loss."""
 
+import ctypes
+import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import torch
 from accelerate.utils import reduce
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
+
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def _command_line(process: int) -> bytes:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 class RewardProgressCallback(ProgressCallback):
@@ -52,8 +65,10 @@ class StopOnSignalCallback(TrainerCallback):
     Turns Ctrl-C and SIGTERM into a checkpoint at the end of the optimizer step, then ends the training.
 
     transformers' `enable_jit_checkpoint` answers SIGTERM only, on each rank for itself; here a signal that reaches one
-    rank stops all of them at the same step. A second signal, later than one second, ends the process at once; sooner,
+    rank stops all of them at the same step. A second Ctrl-C, later than one second, ends the process at once; sooner,
     it is the first one again, which launchers pass on to workers that the terminal has told already.
+
+    `accelerate launch` with one process dies of a SIGTERM without passing it on. On Linux the kernel then tells us.
 
     Attributes:
         signum (`int` or `None`): the signal that stopped the run, on every rank; `None` if none did.
@@ -68,7 +83,8 @@ class StopOnSignalCallback(TrainerCallback):
         self._previous = {}
 
     def _handle(self, signum, frame):
-        if self._received is not None and time.monotonic() - self._received_at > self._ECHO_SECONDS:
+        is_late = self._received is not None and time.monotonic() - self._received_at > self._ECHO_SECONDS
+        if is_late and signum == signal.SIGINT:
             self._restore()
             raise KeyboardInterrupt
         if self._received is None:
@@ -85,6 +101,9 @@ class StopOnSignalCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         for signum in (signal.SIGINT, signal.SIGTERM):
             self._previous[signum] = signal.signal(signum, self._handle)
+        if sys.platform == "linux" and b"accelerate" in _command_line(os.getppid()):
+            # Not for any other parent: a shell may end while its `nohup` run goes on.
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
     def on_step_end(self, args, state, control, **kwargs):
         received = self._received or 0

@@ -190,7 +190,7 @@ class GSPOConfig(GRPOConfig):
         is_number = isinstance(self.step_discount, (int, float)) and not isinstance(self.step_discount, bool)
         if not (is_number and 0 < self.step_discount <= 1):
             raise ValueError(f"`step_discount` must be a number in (0, 1], got {self.step_discount!r}.")
-        for name in ("steps_per_generation", "num_iterations"):
+        for name in ("gradient_accumulation_steps", "steps_per_generation", "num_iterations"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value!r}.")
@@ -205,14 +205,17 @@ class GSPOConfig(GRPOConfig):
         """One sentence for each setting that runs but is most likely not what was meant."""
         completion_length = self.max_completion_length
         is_long = completion_length is None or completion_length > _LONG_COMPLETION
-        for name in ("epsilon", "epsilon_high"):
-            value = getattr(self, name)
-            if is_long and value is not None and value > _WIDE_EPSILON:
-                yield (
-                    f"`{name}={value}` is a token-level clip range, which never clips the ratio of a whole sequence "
-                    f"(`max_completion_length={completion_length}`): set `epsilon={EPSILON_LOW}` and "
-                    f"`epsilon_high={EPSILON_HIGH}`."
-                )
+        wide = [
+            f"`{name}={getattr(self, name)}`"
+            for name in ("epsilon", "epsilon_high")
+            if is_long and (getattr(self, name) or 0) > _WIDE_EPSILON
+        ]
+        if wide:
+            yield (
+                f"{' and '.join(wide)} make a token-level clip range, which never clips the ratio of a whole sequence "
+                f"(`max_completion_length={completion_length}`): set `epsilon={EPSILON_LOW}` and "
+                f"`epsilon_high={EPSILON_HIGH}`."
+            )
         if self.epsilon_high is not None and self.epsilon_high < self.epsilon:
             yield (
                 f"`epsilon_high={self.epsilon_high}` is narrower than `epsilon={self.epsilon}`, the opposite of the "
@@ -254,7 +257,9 @@ class GSPOConfig(GRPOConfig):
         What still has TRL's default takes GSPO's. What was chosen is kept unless it contradicts GSPO: a refused
         `loss_type` becomes `"grpo"`, an epsilon outside (0, 1) takes the paper's value, and the options of refused
         loss types go back to their defaults. An `epsilon` that was chosen alone stays the width on both sides, as in
-        TRL. One log message lists every field that changed, with its old and its new value.
+        TRL. What equals TRL's default counts as not chosen, and so does a `steps_per_generation` or
+        `generation_batch_size` of one optimizer step a rollout: to keep such a value, give it in `changes`. One log
+        message lists every field that changed, with its old and its new value.
 
         Args:
             config (`GRPOConfig`): left as it is. A `GSPOConfig` is copied with `changes` and nothing else.
@@ -316,13 +321,13 @@ class GSPOConfig(GRPOConfig):
         redeclared = set(GSPOConfig.__annotations__) & set(GRPOConfig.__dataclass_fields__)
         ours = {name: cls.__dataclass_fields__[name].default for name in redeclared}
         values = {name: default for name, default in ours.items() if getattr(config, name) == _trl_default(name)}
-        # In TRL, `epsilon` alone is the width on both sides: whoever chose it chose both.
-        if "epsilon" not in values:
-            values.pop("epsilon_high", None)
         for name in ("epsilon", "epsilon_high"):
             value = getattr(config, name)
             if isinstance(value, (int, float)) and not 0 < value < 1:
                 values[name] = ours[name]
+        # In TRL, `epsilon` alone is the width on both sides: whoever chose it chose both.
+        if "epsilon" not in values:
+            values.pop("epsilon_high", None)
         if config.loss_type not in _LOSS_TYPES:
             values["loss_type"] = ours["loss_type"]
         if config.importance_sampling_level != "sequence":

@@ -58,8 +58,17 @@ def token_reward(function: Callable) -> Callable:
 
 
 def step_kind(function: Any) -> str | None:
-    """`"turn"` or `"token"` for a function that a decorator marked, else `None`."""
+    """`"turn"` or `"token"` for a function that a decorator marked, or a `functools.partial` of one, else `None`."""
+    while isinstance(function, functools.partial) and not hasattr(function, _MARK):
+        function = function.func
     return getattr(function, _MARK, None)
+
+
+def _is_async(function: Callable) -> bool:
+    # As TRL tells them apart: an object may have its `async` on `__call__`.
+    while isinstance(function, functools.partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(function.__call__)
 
 
 def check_step_rewards(name: str, kind: str, rewards: Sequence[StepRewards], lengths: Sequence[int]) -> None:
@@ -89,8 +98,15 @@ def check_step_rewards(name: str, kind: str, rewards: Sequence[StepRewards], len
                 f"{counted} Return None where the reward does not apply."
             )
         for step in steps:
-            if not math.isfinite(step):
-                raise ValueError(f"The {kind} reward {name!r} returned {step!r} for a {kind} of completion {index}.")
+            try:
+                is_finite = math.isfinite(step)
+            except TypeError:
+                is_finite = False
+            if not is_finite:
+                raise ValueError(
+                    f"The {kind} reward {name!r} returned {step!r} for a {kind} of completion {index}: it must be a "
+                    "finite number."
+                )
 
 
 def place_steps(rewards: Sequence[StepRewards], kind: str, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,8 +132,10 @@ def place_steps(rewards: Sequence[StepRewards], kind: str, ids: Tensor) -> tuple
         is_end = (ids >= 0) & (following != ids)
         is_end &= torch.tensor([steps is not None for steps in rewards]).unsqueeze(1)
     placed = torch.zeros(ids.shape, dtype=torch.float64)
-    # Row by row, in the order of the tokens: the order of the steps.
-    placed[is_end] = torch.tensor([step for steps in rewards for step in steps or ()], dtype=torch.float64)
+    # Row by row, in the order of the tokens: the order of the steps. Rounded to float32, in which TRL holds rewards:
+    # 0.1 + 0.2 and 0.3 are the same one.
+    flat = [float(step) for steps in rewards if steps is not None for step in steps]
+    placed[is_end] = torch.tensor(flat, dtype=torch.float32).double()
     return placed.to(device, exact_dtype(is_end.to(device))), is_end.to(device)
 
 
@@ -200,13 +218,18 @@ def credit_to_tokens(normalized: Tensor, is_end: Tensor, discount: float = 1.0) 
 
 
 def check_advantages(advantages: Any, mask: Tensor) -> Tensor:
-    """Raises `ValueError` unless `advantages` is a finite tensor of shape `(B,)` or `(B, T)`; `mask` is `(B, T)`."""
+    """
+    Raises `ValueError` unless `advantages` is a tensor of shape `(B,)` or `(B, T)`, finite on trained tokens.
+
+    Returns them with 0 on the tokens that `mask`, `(B, T)`, excludes: TRL multiplies by the mask, and NaN * 0 is NaN.
+    """
     shapes = (tuple(mask.shape[:1]), tuple(mask.shape))
     if not isinstance(advantages, Tensor) or tuple(advantages.shape) not in shapes:
         got = tuple(advantages.shape) if isinstance(advantages, Tensor) else type(advantages).__name__
         raise ValueError(f"`advantage_func` must return a tensor of shape {shapes[0]} or {shapes[1]}, got {got}.")
-    trained = advantages if advantages.dim() == 1 else advantages[mask.bool()]
-    if not torch.isfinite(trained).all():
+    if advantages.dim() == 2:
+        advantages = advantages.masked_fill(~mask.bool(), 0)
+    if not torch.isfinite(advantages).all():
         raise ValueError("`advantage_func` returned an advantage that is not finite.")
     return advantages
 
@@ -256,7 +279,7 @@ class StepCredit:
             self._rewards[index] = rewards
             return [None if steps is None else float(sum(steps)) for steps in rewards]
 
-        if inspect.iscoroutinefunction(function):
+        if _is_async(function):
 
             async def reward(**kwargs):
                 return record(await function(**arguments(kwargs)))

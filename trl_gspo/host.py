@@ -8,7 +8,7 @@ from packaging.specifiers import SpecifierSet
 
 
 # What the parity tests cover. The same range stands in pyproject.toml; a test compares the two.
-SUPPORTED_TRL = SpecifierSet(">=1.14,<1.17")
+SUPPORTED_TRL = SpecifierSet(">=1.14.2,<1.17")
 
 # `GRPOConfig` fields that `GSPOConfig` reads or redeclares.
 _CONFIG_FIELDS = {

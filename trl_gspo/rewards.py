@@ -164,8 +164,9 @@ def check_columns(reward: Callable | str, columns: Sequence[str]) -> None:
     needed = {p.name for p in parameters if p.kind in named and p.default is inspect.Parameter.empty}
     missing = sorted(needed - _HOST_ARGUMENTS - set(columns))
     if missing:
+        name = getattr(reward, "__name__", repr(reward))
         raise ValueError(
-            f"The reward {reward.__name__!r} needs the column {', '.join(map(repr, missing))}, which the data set "
+            f"The reward {name!r} needs the column {', '.join(map(repr, missing))}, which the data set "
             f"does not have. It has {', '.join(columns)}; `solution_column` names the one to use as 'solution'."
         )
 
@@ -186,7 +187,10 @@ def _import(name: str) -> Callable:
             f"`reward_funcs` names {name!r}, and {module.__file__} has no {function_name!r}. It has "
             f"{', '.join(callables) or 'nothing to call'}."
         )
-    return getattr(module, function_name)
+    function = getattr(module, function_name)
+    if not callable(function):
+        raise ValueError(f"`reward_funcs` names {name!r}, which is a {type(function).__name__} and cannot be called.")
+    return function
 
 
 def _make(factory: Callable, name: str, kwargs: dict[str, Any], max_completion_length: int | None) -> Callable:

@@ -1,6 +1,7 @@
 """From a data set by hub id or local path to the rows that the trainer takes: a `prompt`, and columns for rewards."""
 
 import difflib
+import re
 import string
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,9 @@ def to_prompts(
     if prompt_template is None:
         wanted = {prompt_column: "prompt_column"}
     else:
-        wanted = {key: "prompt_template" for _, key, _, _ in string.Formatter().parse(prompt_template) if key}
+        keys = [key for _, key, _, _ in string.Formatter().parse(prompt_template) if key is not None]
+        # A field may go on with `.attribute` or `[index]`; what stands before it is the column.
+        wanted = {re.split(r"[.\[]", key)[0]: "prompt_template" for key in keys}
     if solution_column is not None:
         wanted[solution_column] = "solution_column"
     for column, option in wanted.items():

@@ -1,19 +1,32 @@
 """`GSPOTrainer`: TRL's `GRPOTrainer`, whose own loss at sequence level is GSPO. Glue, and no copy of that loss."""
 
-import functools
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
-from transformers import PretrainedConfig
+from datasets import Dataset, IterableDataset
+from torch import Tensor, nn
+from transformers import (
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+)
 
 from .config import GSPOConfig
 from .credit import StepCredit, check_advantages, step_kind
 from .diagnostics import RatioStatistics
-from .host import GRPOTrainer, nanstd
+from .host import GRPOConfig, GRPOTrainer, nanstd
 from .objective import token_log_ratio, turn_ids
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import BitsAndBytesConfig
+    from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 
 
 class GSPOTrainer(GRPOTrainer):
@@ -70,10 +83,25 @@ class GSPOTrainer(GRPOTrainer):
             }"""),  # noqa: E501 - a BibTeX field is one line
     }
 
-    @functools.wraps(GRPOTrainer.__init__)
     def __init__(
-        self, model, reward_funcs=None, args=None, train_dataset=None, *others, advantage_func=None, **named_others
-    ):
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        reward_funcs: "RewardFunc | list[RewardFunc] | None" = None,
+        args: GRPOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: "BitsAndBytesConfig | None" = None,
+        peft_config: "PeftConfig | None" = None,
+        tools: list[Callable] | None = None,
+        rollout_func: "RolloutFunc | None" = None,
+        environment_factory: "EnvironmentFactory | dict[str, EnvironmentFactory] | None" = None,
+        *,
+        advantage_func: Callable[..., Tensor] | None = None,
+    ) -> None:
         if args is None:
             model_id = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
             args = GSPOConfig(f"{model_id.split('/')[-1]}-GSPO")
@@ -88,7 +116,22 @@ class GSPOTrainer(GRPOTrainer):
                 "`importance_sampling_level='sequence'` spreads evenly over all of them: set it to 'turn' or "
                 "'sequence_token'."
             )
-        super().__init__(model, reward_funcs, args, train_dataset, *others, **named_others)
+        super().__init__(
+            model=model,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            reward_processing_classes=reward_processing_classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
+            rollout_func=rollout_func,
+            environment_factory=environment_factory,
+        )
         self.advantage_func = advantage_func
         self._step_credit = StepCredit(self.reward_funcs)
         self.reward_funcs = self._step_credit.wrap(self.reward_funcs)
@@ -100,20 +143,20 @@ class GSPOTrainer(GRPOTrainer):
         if args.importance_sampling_level != "sequence":
             self.importance_sampling_level = "token"  # of the parent's loss: see `_as_gspo_token`
 
-    def _generate(self, prompts):
+    def _generate(self, prompts: list) -> tuple:
         rollout = super()._generate(prompts)
         _, completion_ids, tool_mask, self._completions, *_ = rollout
         self._step_credit.begin(completion_ids, tool_mask)
         return rollout
 
-    def _calculate_rewards(self, *args, **kwargs):
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         self._rewards_per_func = super()._calculate_rewards(*args, **kwargs)
         # TRL normalises outcomes of the functions that gave one: a step reward is none.
         outcomes = self._rewards_per_func.clone()
         outcomes[:, list(self._step_credit.kinds)] = torch.nan
         return outcomes
 
-    def _generate_and_score_completions(self, inputs):
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
         mask = output["completion_mask"]
         mask = mask * output["tool_mask"] if "tool_mask" in output else mask
@@ -149,7 +192,7 @@ class GSPOTrainer(GRPOTrainer):
             )
         return output
 
-    def _log_step_rewards(self, mode, num_generations):
+    def _log_step_rewards(self, mode: str, num_generations: int) -> None:
         """Puts the totals of step rewards into TRL's logs, which saw no outcome of those functions."""
         rewards, metrics = self._rewards_per_func, self._metrics[mode]
         for index in self._step_credit.kinds:
@@ -167,11 +210,11 @@ class GSPOTrainer(GRPOTrainer):
         spread = nanstd(total.view(-1, num_generations), dim=1)
         metrics["frac_reward_zero_std"][-1] = torch.isclose(spread, torch.zeros_like(spread)).float().mean().item()
 
-    def training_step(self, *args, **kwargs):
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         with _config_dropout_off(self.model.config) if self.args.disable_dropout else nullcontext():
             return super().training_step(*args, **kwargs)
 
-    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple:
         logps, *others = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         # TRL 1.14 returns the model's dtype, and in bfloat16 the ratio would round to 1.
         logps = logps.float()
@@ -182,7 +225,7 @@ class GSPOTrainer(GRPOTrainer):
                 logps = self._as_gspo_token(logps)
         return logps, *others
 
-    def _as_gspo_token(self, logps):
+    def _as_gspo_token(self, logps: Tensor) -> Tensor:
         """
         Makes the parent's token-level loss GSPO-token, and returns the log-probabilities for it.
 
@@ -199,7 +242,7 @@ class GSPOTrainer(GRPOTrainer):
         inputs["old_per_token_logps"] = logps.detach() - log_ratio
         return logps
 
-    def _compute_loss(self, model, inputs):
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         mask = inputs["completion_mask"]
         mask = mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
         level = self.args.importance_sampling_level
@@ -226,7 +269,7 @@ class GSPOTrainer(GRPOTrainer):
         )
         return loss if level == "sequence" else loss.float()
 
-    def log(self, logs, start_time=None):
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
         statistics = self._ratio_statistics[mode]
         # The reduction needs all ranks. The Trainer's own logs reach all of them and hold a loss; a user's call of
@@ -237,7 +280,7 @@ class GSPOTrainer(GRPOTrainer):
         super().log(logs, start_time)
 
 
-def _check_rollout_batch(args: GSPOConfig, train_dataset) -> None:
+def _check_rollout_batch(args: GSPOConfig, train_dataset: Dataset | IterableDataset | None) -> None:
     """Raises `ValueError` if TRL's sampler, which drops an incomplete rollout batch, would be left without any."""
     prompts = args.generation_batch_size // args.num_generations
     if hasattr(train_dataset, "__len__") and len(train_dataset) < prompts:
