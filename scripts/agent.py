@@ -2,28 +2,28 @@
 Credit per turn against one reward at the end, on an agent of several turns that trains on this machine's CPU.
 
     python scripts/agent.py compare
+    python scripts/agent.py prepare --seed 0
     python scripts/agent.py train --credit turn --seed 0
-    python scripts/agent.py train --credit outcome --seed 0
 
-An episode has four turns. In each the environment asks for four digits to be sorted, `7314=`, and the model answers.
-The reward is the share of right answers. `outcome` learns it as one number for the episode, `turn` as one number for
-each turn: the same information, and only the credit differs. `compare` trains every kind of credit on the same seeds,
-each seed from one base model of its own, and writes `compare.md` and `compare.png` to `outputs/agent`.
+An episode has eight turns. In each the environment makes a request, `b731=`, and the agent answers with one of four
+skills, `137`. Which skill a letter wants, only the reward tells. `outcome` gives the share of right answers as one
+number for the episode, `turn` one number for each turn: the same information, and only the credit differs.
+`compare` trains each credit on the same seeds, each seed from a base model of its own, and writes `compare.md` and
+`compare.png`; it takes over the runs that are already in the output folder.
 
-Of TRL's ways to several turns this takes `rollout_func`, whose contract is four lists; experimental in TRL as
-`environment_factory` is, it needs no chat template, no parser of tool calls and no prefill anew at each turn. To make an
-agent of your own of it: write its `step`, and let `play` sample from your engine.
+Of TRL's ways to several turns this takes `rollout_func`: its contract is four lists, where `environment_factory`,
+experimental too, needs a chat template, a parser of tool calls and a prefill anew at each turn, and `tools` keep no
+state. For an agent of your own: write `Environment.step`, and let `play` sample from your engine.
 """
 
 import argparse
 import json
-import os
 import random
 import statistics
 import string
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,7 +33,7 @@ import torch
 from datasets import Dataset
 from plot import load_logs, plt
 from tiny import make_model, make_tokenizer, pretrain
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
 from trl_gspo import GSPOConfig, GSPOTrainer, turn_reward
 
@@ -57,6 +57,8 @@ SKILLS = {
     "ascending": lambda digits: "".join(sorted(digits)),
     "descending": lambda digits: "".join(sorted(digits, reverse=True)),
 }
+# How often a base model meets a kind of request with one skill or another, in an order that its seed draws.
+HABIT = (0.4, 0.3, 0.2, 0.1)
 # The skill that each kind of request wants. Nobody tells the agent but the reward.
 WANTED = dict(zip("abcdefgh", [*SKILLS, *SKILLS], strict=True))
 
@@ -153,16 +155,17 @@ def rollout(prompts: list[str], trainer: GSPOTrainer) -> dict[str, list]:
 # ---- one run
 
 
-class Arm(NamedTuple):
+class Credit(NamedTuple):
     label: str
-    reward: str
+    reward: Callable
     level: str
 
 
-ARMS = {
-    "outcome": Arm("outcome, ratio of the sequence", "share_right", "sequence"),
-    "outcome_by_turn": Arm("outcome, ratio of each turn", "share_right", "turn"),
-    "turn": Arm("turn credit, ratio of each turn", "right_turns", "turn"),
+CREDITS = {
+    "outcome": Credit("outcome, one ratio a sequence", share_right, "sequence"),
+    # Between the two, to tell what the credit does from what the ratio does.
+    "outcome_by_turn": Credit("outcome, one ratio a turn", share_right, "turn"),
+    "turn": Credit("turn reward, one ratio a turn", right_turns, "turn"),
 }
 
 
@@ -174,24 +177,29 @@ def first_requests(seed: int) -> tuple[list[str], list[str]]:
 
 
 def prepare(output: Path, seed: int, steps: int = PRETRAIN_STEPS) -> Path:
-    """Pretrains a Qwen3 to meet every request with a skill at random, and returns its folder."""
+    """Pretrains a Qwen3 to meet requests with all skills, by habits that `seed` draws, and returns its folder."""
     folder = output / "base"
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(string.digits + "=" + "".join(WANTED))
     model = make_model(tokenizer, hidden_size=64)
-    pretrain(model, episodes_at_random(tokenizer, first_requests(seed)[1], random.Random(seed)), steps)
+    pretrain(model, habitual_episodes(tokenizer, first_requests(seed)[1], random.Random(seed)), steps)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def episodes_at_random(tokenizer, prompts: list[str], generator: random.Random) -> Iterator[tuple]:
-    """Batches for `pretrain`, without end: whole episodes, each request met with a skill at random."""
+def habitual_episodes(tokenizer, prompts: list[str], generator: random.Random) -> Iterator[tuple]:
+    """Batches for `pretrain`, without end: whole episodes, each request met by habit."""
     is_answer = torch.tensor(([False] * (DIGITS + 2) + [True] * DIGITS) * TURNS)
-    skills = list(SKILLS.values())
+    habits = {kind: generator.sample(list(SKILLS.values()), k=len(SKILLS)) for kind in WANTED}
+
+    def answer(request):
+        (skill,) = generator.choices(habits[request[0]], weights=HABIT)
+        return skill(request[1:-1])
+
     while True:
         texts = [
-            "".join(request + generator.choice(skills)(request[1:-1]) for request in Environment(prompt).requests)
+            "".join(request + answer(request) for request in Environment(prompt).requests)
             for prompt in generator.sample(prompts, PRETRAIN_BATCH)
         ]
         input_ids = tokenizer(texts, return_tensors="pt")["input_ids"]
@@ -200,14 +208,14 @@ def episodes_at_random(tokenizer, prompts: list[str], generator: random.Random) 
 
 def train(credit: str, seed: int, output: Path, **options) -> dict:
     """Trains one run into `output / credit`, from the base model in `output`, which is made if it is not there."""
-    started, arm, folder = time.time(), ARMS[credit], output / credit
+    started, folder = time.time(), output / credit
     base = output / "base"
     if not (base / "config.json").is_file():
         prepare(output, seed)
     test, prompts = first_requests(seed)
     args = dict(
         output_dir=str(folder),
-        importance_sampling_level=arm.level,
+        importance_sampling_level=CREDITS[credit].level,
         seed=seed,
         # 8 episodes of each of 16 first questions to an optimizer step, four steps from each rollout batch.
         num_generations=8,
@@ -231,11 +239,12 @@ def train(credit: str, seed: int, output: Path, **options) -> dict:
     )
     trainer = GSPOTrainer(
         model=str(base),
-        reward_funcs=globals()[arm.reward],
+        reward_funcs=CREDITS[credit].reward,
         args=GSPOConfig(**args | options),
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
         rollout_func=rollout,
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     trainer.save_model(str(folder))
     trainer.save_state()
@@ -250,3 +259,129 @@ def success(folder: Path, prompts: list[str]) -> float:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     return statistics.mean(share_right(**play(model, AutoTokenizer.from_pretrained(folder), prompts)))
+
+
+# ---- all runs
+
+
+def train_seed(seed: int, output: Path) -> None:
+    torch.set_num_threads(1)
+    for credit in CREDITS:
+        if not (folder_of(output, seed) / credit / "summary.json").is_file():
+            describe(train(credit, seed, folder_of(output, seed)))
+
+
+def folder_of(output: Path, seed: int) -> Path:
+    return output / f"seed_{seed}"
+
+
+def describe(summary: dict) -> None:
+    print("seed {seed}  {credit:16} right {before:.3f} -> {after:.3f}  {seconds:.0f} s".format(**summary), flush=True)
+
+
+def smoothed_rewards(logs: list[dict]) -> list[float]:
+    """Running mean of the logged reward over the last `SMOOTHED` rollout batches."""
+    rewards = [entry["reward"] for entry in logs]
+    return [statistics.mean(rewards[max(end - SMOOTHED, 0) : end]) for end in range(1, len(rewards) + 1)]
+
+
+def steps_to(target: float, logs: list[dict]) -> int | None:
+    """Optimizer steps until the smoothed reward is `target`, `None` if it never is."""
+    reached = (entry["step"] for entry, reward in zip(logs, smoothed_rewards(logs), strict=True) if reward >= target)
+    return next(reached, None)
+
+
+def compare(output: Path, seeds: int, jobs: int) -> None:
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        list(pool.map(train_seed, range(seeds), [output] * seeds))
+    logs = {credit: [load_logs(folder_of(output, seed) / credit) for seed in range(seeds)] for credit in CREDITS}
+    summaries = {
+        credit: [json.loads((folder_of(output, seed) / credit / "summary.json").read_text()) for seed in range(seeds)]
+        for credit in CREDITS
+    }
+    targets = [smoothed_rewards(run)[-1] for run in logs["outcome"]]
+    steps = {credit: list(map(steps_to, targets, runs)) for credit, runs in logs.items()}
+    text = table(logs, summaries, steps)
+    (output / "compare.md").write_text(text)
+    draw(logs, steps, output / "compare.png")
+    print(text)
+
+
+def table(logs: dict, summaries: dict, steps: dict) -> str:
+    """The comparison in Markdown: mean over the seeds, with the standard deviation between them."""
+
+    def spread(values, form=".3f"):
+        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+        return f"{statistics.mean(values):{form}} ± {deviation:{form}}"
+
+    lines = [
+        "| credit | final reward | right on held-out episodes | steps to the final reward of outcome | seeds there |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for credit, runs in logs.items():
+        reached = [count for count in steps[credit] if count is not None]
+        cells = [
+            CREDITS[credit].label,
+            spread([smoothed_rewards(run)[-1] for run in runs]),
+            spread([summary["after"] for summary in summaries[credit]]),
+            spread(reached, ".0f") if reached else "-",
+            f"{len(reached)} of {len(runs)}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    before = spread([summary["before"] for summary in summaries["outcome"]])
+    budget = logs["outcome"][0][-1]["step"]
+    seeds = len(logs["outcome"])
+    notes = f"{seeds} seeds, {budget} optimizer steps each; right on held-out episodes before training: {before}."
+    return "\n".join([*lines, "", f"{notes} Mean and standard deviation over seeds.", ""])
+
+
+def draw(logs: dict, steps: dict, path: Path) -> None:
+    """Writes one PNG: the reward over the steps, and the steps to the outcome-only run's final reward by seed."""
+    figure, (curves, counts) = plt.subplots(1, 2, figsize=(11, 4.5), width_ratios=(2, 1), constrained_layout=True)
+    for index, (credit, runs) in enumerate(logs.items()):
+        color = f"C{index}"
+        at = [entry["step"] for entry in runs[0]]
+        rewards = torch.tensor([smoothed_rewards(run) for run in runs])
+        mean, deviation = rewards.mean(0), rewards.std(0, correction=min(len(runs) - 1, 1))
+        curves.plot(at, mean, color=color, linewidth=2, label=CREDITS[credit].label)
+        curves.fill_between(at, mean - deviation, mean + deviation, color=color, alpha=0.2, linewidth=0)
+    curves.set_xlabel("optimizer step")
+    curves.set_ylabel("reward: share of right turns")
+    curves.set_title(f"mean and standard deviation over {len(runs)} seeds", fontsize="small")
+    curves.legend()
+    for by_seed in zip(*steps.values(), strict=True):
+        counts.plot(
+            range(len(steps)), [float("nan") if count is None else count for count in by_seed], "o-", alpha=0.6
+        )
+    counts.set_xticks(range(len(steps)), [CREDITS[credit].label.replace(", ", "\n") for credit in steps])
+    counts.tick_params(axis="x", labelsize="small")
+    counts.set_xlim(-0.4, len(steps) - 0.6)
+    counts.set_ylim(bottom=0)
+    counts.set_title("steps to the final reward of outcome, by seed", fontsize="small")
+    for axes in (curves, counts):
+        axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=("prepare", "train", "compare"))
+    parser.add_argument("--credit", choices=list(CREDITS), default="turn", help="of the run to train")
+    parser.add_argument("--seed", type=int, default=0, help="of the run to prepare or train")
+    parser.add_argument("--seeds", type=int, default=5, help="to compare")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time in the comparison")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    args = parser.parse_args(argv)
+    if args.step == "compare":
+        compare(args.output, args.seeds, args.jobs)
+    elif args.step == "train":
+        describe(train(args.credit, args.seed, folder_of(args.output, args.seed)))
+    else:
+        print(prepare(folder_of(args.output, args.seed), args.seed))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -191,6 +191,16 @@ def test_a_flat_group_has_no_credit_at_all(value, discount, scale):
     assert credit[:3].eq(0).all() and credit[3:].ne(0).any()
 
 
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_flat_group_is_flat_though_its_mean_is_rounded(dtype, scale):
+    rewards = torch.full((6, 1), 0.1, dtype=dtype)
+    rewards[3:] = torch.tensor([[1.0], [2.0], [3.0]])
+    assert (0.1 + 0.1 + 0.1) / 3 != 0.1
+    normalized = normalize_steps(rewards, torch.ones(6, 1, dtype=torch.bool), 3, scale)
+    assert normalized[:3].eq(0).all() and normalized[3:].ne(0).any()
+
+
 def test_rewards_that_differ_by_rounding_alone_are_equal():
     assert 0.1 + 0.2 != 0.3
     assert credit_of([[0.1 + 0.2, 0.3], [sum([0.1] * 3)]], [[1, 0, 1], [1]], "turn", 2).eq(0).all()

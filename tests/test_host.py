@@ -49,7 +49,7 @@ def _is_of_self(node):
     return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("self", "config")
 
 
-@pytest.mark.parametrize("version", ["1.14.0", "1.14", "1.15.0.dev0", "1.16.0rc1", "1.16.0", "1.16.99"])
+@pytest.mark.parametrize("version", ["1.14.2", "1.15.0.dev0", "1.16.0rc1", "1.16.0", "1.16.99"])
 def test_silent_inside_the_range(installed, monkeypatch, version):
     installed(version)
     monkeypatch.setattr(host, "_missing_from_host", lambda: pytest.fail("what is in the range is not searched"))

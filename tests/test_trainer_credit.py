@@ -40,7 +40,7 @@ class SpyTrainer(GSPOTrainer):
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
         result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        self.seen = result[:2]
+        self.seen = result
         return result
 
     def get_off_policy_mask(self, **arguments):
@@ -118,6 +118,8 @@ CASES = {
     "off_policy_mask_sampler": (dict(off_policy_mask_threshold=2e-3), SAMPLER),
     "vllm_token": (dict(use_vllm=True, vllm_importance_sampling_mode="token_truncate"), SAMPLER),
     "vllm_sequence": (dict(use_vllm=True, vllm_importance_sampling_mode="sequence_mask"), SAMPLER),
+    "router_loss": (dict(router_aux_loss_coef=0.1), TOOLS),
+    "bfloat16": (dict(model_init_kwargs={"dtype": "bfloat16"}), TOOLS),
     "everything": (
         dict(
             beta=0.1,
@@ -148,9 +150,15 @@ def assert_close_gradients(gradients, expected, tolerance=1e-5):
 @pytest.mark.parametrize("shape", ["B", "BT"])
 @pytest.mark.parametrize("level", TOKEN_LEVELS)
 @pytest.mark.parametrize(("options", "keys"), CASES.values(), ids=CASES)
-def test_loss_and_gradient_equal_the_loop(options, keys, level, shape, model_path, dataset, tmp_path):
+def test_loss_and_gradient_equal_the_loop(options, keys, level, shape, model_path, moe_path, dataset, tmp_path):
+    has_router, is_bfloat16 = "router_aux_loss_coef" in options, "model_init_kwargs" in options
     trainer = build(
-        SpyTrainer, tmp_path, model=model_path, train_dataset=dataset, importance_sampling_level=level, **options
+        SpyTrainer,
+        tmp_path,
+        model=moe_path if has_router else model_path,
+        train_dataset=dataset,
+        importance_sampling_level=level,
+        **options,
     )
     batch = make_token_batch(trainer, shape, keys)
     handed = {key: value.clone() for key, value in batch.items()}
@@ -160,10 +168,12 @@ def test_loss_and_gradient_equal_the_loop(options, keys, level, shape, model_pat
     assert loss.dtype == torch.float32
     gradients = gradients_of(loss, trainer)
 
-    logps, entropies = trainer.seen
+    logps, entropies, router_loss = trainer.seen
     expected = loop_loss(logps, entropies, handed, level, 3, options)
+    if has_router:
+        expected = expected + 0.1 * router_loss / 3
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert_close_gradients(gradients, gradients_of(expected, trainer))
+    assert_close_gradients(gradients, gradients_of(expected, trainer), 1e-2 if is_bfloat16 else 1e-5)
     # What was handed in is as it was: the next epoch over the rollout batch must find the true old log-probs.
     assert batch.keys() == handed.keys() and all(torch.equal(batch[key], handed[key]) for key in batch)
 
@@ -173,7 +183,7 @@ def test_loss_and_gradient_equal_the_loop(options, keys, level, shape, model_pat
         functional, _ = gspo_loss(logps, old, batch["advantages"], trained_tokens(batch), level=level, **epsilons)
         assert loss.item() == pytest.approx(functional.item() / 3, rel=1e-5)
         assert_close_gradients(gradients, gradients_of(functional / 3, trainer))
-    else:
+    elif not is_bfloat16:
         without = loop_loss(logps, entropies, handed, level, 3, {})
         assert abs(without.item() - expected.item()) > 1e-4 * abs(expected.item())  # the option is heard
 
@@ -182,7 +192,7 @@ def test_loss_and_gradient_equal_the_loop(options, keys, level, shape, model_pat
 def test_the_loop_tells_levels_and_shapes_apart(level, model_path, dataset, tmp_path):
     trainer = build(SpyTrainer, tmp_path, model=model_path, train_dataset=dataset, importance_sampling_level=level)
     batches = [make_token_batch(trainer, shape) for shape in ("B", "BT")]
-    logps, entropies = trainer.seen
+    logps, entropies, _ = trainer.seen
     values = [loop_loss(logps, entropies, batch, unit, 1, {}).item() for batch in batches for unit in TOKEN_LEVELS]
     assert len(set(values)) == 4
 
@@ -644,8 +654,8 @@ def test_gradient_accumulation_changes_nothing(model_path, dataset, tmp_path):
     assert clipped(whole) == pytest.approx(clipped(parts), abs=1e-9) and max(clipped(whole)) > 0
 
 
-# Three groups of four over two ranks of six rows: the middle one is on both. Each rollout batch is passed over twice and
-# whole, because each rank shuffles its own rows into micro-batches.
+# Three groups of four over two ranks of six rows: the middle one is on both. Each rollout batch is passed over twice
+# and whole, because each rank shuffles its own rows into micro-batches.
 DISTRIBUTED = SGD | dict(
     reward_funcs=[turns, outcome, async_turns],
     reward_weights=[1.0, 0.5, -0.3],
