@@ -128,7 +128,7 @@ def test_two_steps_of_training(credit, output, monkeypatch):
     for inputs in trainer._buffered_inputs:
         mask = inputs["completion_mask"] * inputs["tool_mask"]
         assert (turn_ids(mask).amax(1) + 1 == TURNS).all() and (mask.sum(1) == TURNS * DIGITS).all()
-        assert inputs["advantages"].dim() == (2 if credit == "turn" else 1)
+        assert inputs["advantages"].dim() == (1 if credit.startswith("outcome") else 2)
     logs = load_logs(output / credit)
     name = agent.CREDITS[credit].reward.__name__
     assert logs[0]["reward"] == pytest.approx(logs[0][f"rewards/{name}/mean"])
@@ -146,7 +146,7 @@ def test_comparison_is_written_when_a_run_falls_short(tmp_path):
     run = [{"step": 4, "reward": 0.2}, {"step": 8, "reward": 0.4}]
     logs = {credit: [run, run] for credit in agent.CREDITS}
     summaries = {credit: [{"before": 0.2, "after": 0.4}] * 2 for credit in agent.CREDITS}
-    steps = {"outcome": [8, 8], "outcome_by_turn": [None, None], "turn": [4, None]}
+    steps = {"outcome": [8, 8], "outcome_by_turn": [None, None], "turn": [4, None], "turn_alone": [4, 4]}
     text = agent.table(logs, summaries, steps)
     assert "| 8 ± 0 | 2 of 2 |" in text and "| - | 0 of 2 |" in text and "| 4 ± 0 | 1 of 2 |" in text
     agent.draw(logs, steps, tmp_path / "compare.png")

@@ -498,16 +498,23 @@ def test_evaluation_normalises_its_own_groups(model_path, dataset, tmp_path):
         eval_dataset=dataset.select(range(4)),
         num_generations_eval=2,
         advantage_func=spy,
+        log_completions=True,
+        num_completions_to_print=0,
     )
     assert [(batch["mode"], len(batch["completion_ids"])) for batch in batches] == [("train", 32), ("eval", 8)]
     assert [len(advantages) for advantages in calls] == [32, 8]
+    seen = []
     for batch, advantages, num_generations in zip(batches, calls, (4, 2), strict=True):
         expected, totals = recompute(batch, [turns, outcome], np.ones(2), num_generations)
         np.testing.assert_allclose(advantages, expected, rtol=2e-5, atol=2e-5)
+        seen.append(totals)
         prefix = "eval_" if batch["mode"] == "eval" else ""
         (logged,) = [e for e in trainer.state.log_history if f"{prefix}rewards/turns/mean" in e]
         assert logged[f"{prefix}rewards/turns/mean"] == pytest.approx(np.nanmean(totals[:, 0]), rel=1e-5)
         assert logged[f"{prefix}gspo/ratio/mean"] == pytest.approx(1, abs=0.1)
+    # The completions table keeps the last 32 rows: those of the evaluation push out the oldest of training.
+    table = pd.read_parquet(max(Path(trainer.args.output_dir).rglob("*.parquet")))
+    np.testing.assert_allclose(table[["turns", "outcome"]].to_numpy(), np.concatenate(seen)[-32:], rtol=1e-6)
 
 
 # ---- credit of one's own

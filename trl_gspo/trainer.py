@@ -158,8 +158,7 @@ class GSPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
-        mask = output["completion_mask"]
-        mask = mask * output["tool_mask"] if "tool_mask" in output else mask
+        mask = _trained_tokens(output)
         mode = "train" if self.model.training else "eval"
         if self._step_credit.kinds:
             num_generations = self.num_generations if mode == "train" else self.num_generations_eval
@@ -217,7 +216,7 @@ class GSPOTrainer(GRPOTrainer):
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple:
         logps, *others = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         # TRL 1.14 returns the model's dtype, and in bfloat16 the ratio would round to 1.
-        logps = logps.float()
+        logps = logps.to(torch.promote_types(logps.dtype, torch.float32))
         if self._loss_inputs is not None:
             # The parent does not hand its log-probabilities out, and reads the old ones after it has these.
             self._per_token_logps = logps.detach()
@@ -243,8 +242,7 @@ class GSPOTrainer(GRPOTrainer):
         return logps
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        mask = inputs["completion_mask"]
-        mask = mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
+        mask = _trained_tokens(inputs)
         level = self.args.importance_sampling_level
         if level == "sequence" and inputs["advantages"].dim() != 1:
             raise ValueError(
@@ -278,6 +276,12 @@ class GSPOTrainer(GRPOTrainer):
             for name, value in statistics.compute(self.accelerator.gather).items():
                 self._metrics[mode][name].append(value)
         super().log(logs, start_time)
+
+
+def _trained_tokens(inputs: dict[str, Any]) -> Tensor:
+    """`(B, T)`, 1 on the tokens that the model wrote and trains on: not on padding, nor on tools' answers."""
+    mask = inputs["completion_mask"]
+    return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
 
 
 def _check_rollout_batch(args: GSPOConfig, train_dataset: Dataset | IterableDataset | None) -> None:
