@@ -110,9 +110,9 @@ def test_two_steps_of_training(credit, output, monkeypatch):
             super().__init__(*args, **kwargs)
             trainers.append(self)
 
-    def rollout(batch, trainer):
+    def rollout(batch, trainer, original=agent.rollout):
         prompts.append(batch)
-        return agent.play(trainer.model, trainer.processing_class, batch)
+        return original(batch, trainer)
 
     monkeypatch.setattr(agent, "GSPOTrainer", Kept)
     monkeypatch.setattr(agent, "rollout", rollout)

@@ -243,17 +243,17 @@ VLLM = {"use_vllm": True, "vllm_importance_sampling_mode": "token_truncate"}
 DOUBTS = {
     "wide epsilon": (
         {"epsilon": 0.2, "epsilon_high": None},
-        "`epsilon=0.2` makes? a token-level clip range.*`max_completion_length=512`.*set `epsilon=0.0003`",
+        "`epsilon=0.2` is a token-level clip range.*`max_completion_length=512`.*set `epsilon=0.0003`",
         {"epsilon": 3e-4, "epsilon_high": 4e-4},
     ),
     "wide epsilon, no limit of length": (
         {"epsilon": 0.2, "epsilon_high": None, "max_completion_length": None},
-        "`epsilon=0.2` makes? a token-level clip range.*`max_completion_length=None`",
+        "`epsilon=0.2` is a token-level clip range.*`max_completion_length=None`",
         {"epsilon": 3e-4, "epsilon_high": 4e-4},
     ),
     "wide epsilon_high": (
         {"epsilon_high": 0.27, "max_completion_length": 129},
-        "`epsilon_high=0.27` makes? a token-level clip range.*set.*`epsilon_high=0.0004`",
+        "`epsilon_high=0.27` is a token-level clip range.*set.*`epsilon_high=0.0004`",
         {"epsilon_high": 4e-4},
     ),
     "narrow above": (

@@ -212,8 +212,9 @@ class GSPOConfig(GRPOConfig):
         ]
         if wide:
             yield (
-                f"{' and '.join(wide)} make a token-level clip range, which never clips the ratio of a whole sequence "
-                f"(`max_completion_length={completion_length}`): set `epsilon={EPSILON_LOW}` and "
+                f"{' and '.join(wide)} {'is' if len(wide) == 1 else 'are'} a token-level clip range, which never "
+                f"clips the ratio of a whole sequence (`max_completion_length={completion_length}`): set "
+                f"`epsilon={EPSILON_LOW}` and "
                 f"`epsilon_high={EPSILON_HIGH}`."
             )
         if self.epsilon_high is not None and self.epsilon_high < self.epsilon:
