@@ -18,10 +18,12 @@ state. For an agent of your own: write `Environment.step`, and let `play` sample
 
 import argparse
 import json
+import math
 import random
 import statistics
 import string
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -321,36 +323,38 @@ def compare(output: Path, seeds: int, jobs: int) -> None:
 
 
 def table(logs: dict, summaries: dict, steps: dict) -> str:
-    """The comparison in Markdown: mean over the seeds, with the standard deviation between them."""
+    """The comparison in Markdown."""
 
-    def spread(values, form=".3f"):
+    def spread(values):
         deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-        return f"{statistics.mean(values):{form}} ± {deviation:{form}}"
+        return f"{statistics.mean(values):.3f} ± {deviation:.3f}"
 
+    budget, seeds = logs["outcome"][0][-1]["step"], len(logs["outcome"])
     lines = [
-        "| credit | final reward | right on held-out episodes | steps to the final reward of outcome | seeds there |",
+        "| credit | final reward | right on held-out episodes | steps to outcome's final reward: median | by seed |",
         "| --- | --- | --- | --- | --- |",
     ]
     for credit, runs in logs.items():
-        reached = [count for count in steps[credit] if count is not None]
+        median = statistics.median_high(math.inf if count is None else count for count in steps[credit])
         cells = [
             CREDITS[credit].label,
             spread([smoothed_rewards(run)[-1] for run in runs]),
             spread([summary["after"] for summary in summaries[credit]]),
-            spread(reached, ".0f") if reached else "-",
-            f"{len(reached)} of {len(runs)}",
+            f"over {budget}" if median == math.inf else f"{median}",
+            ", ".join("-" if count is None else f"{count}" for count in steps[credit]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     before = spread([summary["before"] for summary in summaries["outcome"]])
-    budget = logs["outcome"][0][-1]["step"]
-    seeds = len(logs["outcome"])
-    notes = f"{seeds} seeds, {budget} optimizer steps each; right on held-out episodes before training: {before}."
-    return "\n".join([*lines, "", f"{notes} Mean and standard deviation over seeds.", ""])
+    notes = (
+        f"{seeds} seeds, {budget} optimizer steps each; mean and standard deviation over the seeds. Right on held-out "
+        f"episodes before training: {before}. `-`: not within {budget} steps."
+    )
+    return "\n".join([*lines, "", notes, ""])
 
 
 def draw(logs: dict, steps: dict, path: Path) -> None:
     """Writes one PNG: the reward over the steps, and the steps to the outcome-only run's final reward by seed."""
-    figure, (curves, counts) = plt.subplots(1, 2, figsize=(11, 4.5), width_ratios=(2, 1), constrained_layout=True)
+    figure, (curves, counts) = plt.subplots(1, 2, figsize=(12, 4.5), width_ratios=(5, 4), constrained_layout=True)
     for index, (credit, runs) in enumerate(logs.items()):
         color = f"C{index}"
         at = [entry["step"] for entry in runs[0]]
@@ -362,15 +366,17 @@ def draw(logs: dict, steps: dict, path: Path) -> None:
     curves.set_ylabel("reward: share of right turns")
     curves.set_title(f"mean and standard deviation over {len(runs)} seeds", fontsize="small")
     curves.legend()
+    budget = logs["outcome"][0][-1]["step"]
     for by_seed in zip(*steps.values(), strict=True):
-        counts.plot(
-            range(len(steps)), [float("nan") if count is None else count for count in by_seed], "o-", alpha=0.6
-        )
-    counts.set_xticks(range(len(steps)), [CREDITS[credit].label.replace(", ", "\n") for credit in steps])
+        heights = [1.08 * budget if count is None else count for count in by_seed]
+        counts.plot(heights, color="0.6", linewidth=1, zorder=1)
+        for index, count in enumerate(by_seed):
+            counts.plot(index, heights[index], "x" if count is None else "o", color=f"C{index}")
+    counts.set_xticks(range(len(steps)), [textwrap.fill(CREDITS[credit].label, 12) for credit in steps])
     counts.tick_params(axis="x", labelsize="small")
     counts.set_xlim(-0.4, len(steps) - 0.6)
     counts.set_ylim(bottom=0)
-    counts.set_title("steps to the final reward of outcome, by seed", fontsize="small")
+    counts.set_title("steps to outcome's final reward, a line a seed; x: not reached", fontsize="small")
     for axes in (curves, counts):
         axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from plot import draw, load_logs
-from tiny import make_model, make_tokenizer, maybe_shuffled, pretrain, sorting_rows, write_jsonl
+from tiny import make_model, make_tokenizer, pretrain, sorting_rows, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -64,10 +64,12 @@ def corrupted_answers(tokenizer, rows: list[dict], generator: random.Random) -> 
     """Batches for `pretrain`, without end: the answers of `rows`, of which some are shuffled."""
     prompt_length = len(rows[0]["prompt"])
     while True:
-        texts = [
-            row["prompt"] + maybe_shuffled(row["solution"], CORRUPTED, generator) + tokenizer.eos_token
-            for row in generator.sample(rows, PRETRAIN_BATCH)
-        ]
+        texts = []
+        for row in generator.sample(rows, PRETRAIN_BATCH):
+            answer = list(row["solution"])
+            if generator.random() < CORRUPTED:
+                generator.shuffle(answer)
+            texts.append(row["prompt"] + "".join(answer) + tokenizer.eos_token)
         input_ids = tokenizer(texts, return_tensors="pt")["input_ids"]
         labels = input_ids.clone()
         labels[:, :prompt_length] = -100

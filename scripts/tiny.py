@@ -70,14 +70,6 @@ def pretrain(model, batches: Iterator[tuple[torch.Tensor, torch.Tensor]], steps:
         schedule.step()
 
 
-def maybe_shuffled(answer: str, probability: float, generator: random.Random) -> str:
-    """`answer`, with its characters shuffled with `probability`: what a base model shall be unsure about."""
-    characters = list(answer)
-    if generator.random() < probability:
-        generator.shuffle(characters)
-    return "".join(characters)
-
-
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

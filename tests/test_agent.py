@@ -148,6 +148,11 @@ def test_comparison_is_written_when_a_run_falls_short(tmp_path):
     summaries = {credit: [{"before": 0.2, "after": 0.4}] * 2 for credit in agent.CREDITS}
     steps = {"outcome": [8, 8], "outcome_by_turn": [None, None], "turn": [4, None], "turn_alone": [4, 4]}
     text = agent.table(logs, summaries, steps)
-    assert "| 8 ± 0 | 2 of 2 |" in text and "| - | 0 of 2 |" in text and "| 4 ± 0 | 1 of 2 |" in text
+    assert (
+        "| 8 | 8, 8 |" in text
+        and "| over 8 | -, - |" in text
+        and "| over 8 | 4, - |" in text
+        and "| 4 | 4, 4 |" in text
+    )
     agent.draw(logs, steps, tmp_path / "compare.png")
     assert (tmp_path / "compare.png").stat().st_size > 10_000
