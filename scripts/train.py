@@ -321,7 +321,7 @@ def main(argv: list[str]) -> int:
             return 0
         stop = StopOnSignalCallback()
         trainer = make_trainer(training_args, model_args, rewards, train_dataset, eval_dataset, stop)
-    except (ValueError, OSError, yaml.YAMLError) as error:
+    except (ValueError, OSError, ImportError, yaml.YAMLError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"train.py: {error}", file=sys.stderr)
         return 2
