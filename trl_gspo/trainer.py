@@ -146,7 +146,8 @@ class GSPOTrainer(GRPOTrainer):
     def _generate(self, prompts: list) -> tuple:
         rollout = super()._generate(prompts)
         _, completion_ids, tool_mask, self._completions, *_ = rollout
-        self._step_credit.begin(completion_ids, tool_mask)
+        if self._step_credit.kinds:
+            self._step_credit.begin(completion_ids, tool_mask)
         return rollout
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
