@@ -3,6 +3,7 @@ from decimal import Decimal
 import pytest
 from trl.rewards import get_soft_overlong_punishment
 
+from trl_gspo import turn_reward
 from trl_gspo.rewards import (
     check_columns,
     exact_match_reward,
@@ -107,5 +108,6 @@ def test_a_reward_model_is_left_to_trl(model_path):
 def test_a_missing_column_is_named_before_training():
     check_columns(exact_match_reward, ["prompt", "solution"])
     check_columns("org/reward-model", [])
+    check_columns(turn_reward(lambda prompts, completions, num_turns, trainer_state: []), ["prompt"])
     with pytest.raises(ValueError, match="'exact_match_reward' needs the column 'solution'.* It has prompt, answer"):
         check_columns(exact_match_reward, ["prompt", "answer"])

@@ -16,11 +16,12 @@ from transformers import ProgressCallback, TrainerCallback
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def _command_line(process: int) -> bytes:
-    try:
-        return Path(f"/proc/{process}/cmdline").read_bytes()
-    except OSError:
-        return b""
+def _signal_from_launcher(signum: int) -> None:
+    """Asks Linux for `signum` when `accelerate launch`, our parent, dies; 0 asks for nothing."""
+    # Not of any other parent: a shell may end while its `nohup` run goes on.
+    command_line = Path(f"/proc/{os.getppid()}/cmdline")
+    if sys.platform == "linux" and command_line.exists() and b"accelerate" in command_line.read_bytes():
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signum)
 
 
 class RewardProgressCallback(ProgressCallback):
@@ -91,7 +92,7 @@ class StopOnSignalCallback(TrainerCallback):
             self._received, self._received_at = signum, time.monotonic()
             name = signal.Signals(signum).name
             # `print` may be in the middle of a write when the signal comes.
-            sys.stderr.write(f"\n{name}: saving a checkpoint at the end of this step; once more to stop at once.\n")
+            sys.stderr.write(f"\n{name}: saving a checkpoint at the end of this step. Ctrl-C again stops at once.\n")
 
     def _restore(self):
         for signum, handler in self._previous.items():
@@ -101,9 +102,7 @@ class StopOnSignalCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         for signum in (signal.SIGINT, signal.SIGTERM):
             self._previous[signum] = signal.signal(signum, self._handle)
-        if sys.platform == "linux" and b"accelerate" in _command_line(os.getppid()):
-            # Not for any other parent: a shell may end while its `nohup` run goes on.
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        _signal_from_launcher(signal.SIGTERM)
 
     def on_step_end(self, args, state, control, **kwargs):
         received = self._received or 0
@@ -119,4 +118,6 @@ class StopOnSignalCallback(TrainerCallback):
             control.should_evaluate = False
 
     def on_train_end(self, args, state, control, **kwargs):
+        # The final saving has no handler, and must outlive the launcher.
+        _signal_from_launcher(0)
         self._restore()

@@ -31,6 +31,7 @@ _REFUSED_LOSS_TYPES = {
     "sapo": "replaces the clip with a soft gate for each token",
     "vespo": "replaces the clip with a weight on the product of the token ratios, not on their geometric mean",
 }
+
 # Read by TRL under the loss types that are refused here, and by nothing else.
 _FOREIGN_LOSS_FIELDS = (
     "sapo_temperature_neg",
@@ -40,7 +41,6 @@ _FOREIGN_LOSS_FIELDS = (
     "vespo_lambda_neg",
     "vespo_lambda_pos",
 )
-
 
 # What a host's `__post_init__` derives one field from, where the inherited other would undo a change of the one.
 _IMPLIED_BY = {
@@ -91,7 +91,6 @@ class GSPOConfig(GRPOConfig):
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Whether to turn dropout off. Under dropout the same weights give other log-probabilities on each forward,
             which moves the ratio past the clip range (section 5.1 of the paper) before any update.
-
         step_discount (`float`, *optional*, defaults to `1.0`):
             Discount of step rewards for each step between a token and the reward, in (0, 1]. DeepSeekMath
             (https://huggingface.co/papers/2402.03300, section 4.1.3) has 1.
@@ -214,8 +213,7 @@ class GSPOConfig(GRPOConfig):
             yield (
                 f"{' and '.join(wide)} {'is' if len(wide) == 1 else 'are'} a token-level clip range, which never "
                 f"clips the ratio of a whole sequence (`max_completion_length={completion_length}`): set "
-                f"`epsilon={EPSILON_LOW}` and "
-                f"`epsilon_high={EPSILON_HIGH}`."
+                f"`epsilon={EPSILON_LOW}` and `epsilon_high={EPSILON_HIGH}`."
             )
         if self.epsilon_high is not None and self.epsilon_high < self.epsilon:
             yield (

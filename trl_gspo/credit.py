@@ -136,7 +136,8 @@ def place_steps(rewards: Sequence[StepRewards], kind: str, ids: Tensor) -> tuple
     # 0.1 + 0.2 and 0.3 are the same one.
     flat = [float(step) for steps in rewards if steps is not None for step in steps]
     placed[is_end] = torch.tensor(flat, dtype=torch.float32).double()
-    return placed.to(device, exact_dtype(is_end.to(device))), is_end.to(device)
+    is_end = is_end.to(device)
+    return placed.to(device, exact_dtype(is_end)), is_end
 
 
 def normalize_steps(
@@ -181,12 +182,12 @@ def normalize_steps(
     if scale_rewards == "none":
         return centred
     # A second pass over the ranks, because the variance from sums of squares would cancel.
-    squares = gather(centred.square().sum(-1)).view(-1, num_generations)
     if scale_rewards == "batch":
         overall = (total.sum() / count.sum().clamp(min=1)).expand_as(mean)
         deviation = (rewards - overall[mine].unsqueeze(1)).masked_fill(~is_end, 0.0).square().sum(-1)
         variance = (gather(deviation).sum() / (count.sum() - 1).clamp(min=1)).expand_as(mean)
     else:
+        squares = gather(centred.square().sum(-1)).view(-1, num_generations)
         variance = (squares.sum(1) / (count.sum(1) - 1).clamp(min=1)).repeat_interleave(num_generations)
     return centred / (variance.sqrt() + _EPSILON)[mine].unsqueeze(1)
 

@@ -342,8 +342,7 @@ def gspo_loss(
     """
     check_epsilon("epsilon_low", epsilon_low)
     check_epsilon("epsilon_high", epsilon_high)
-    arguments = (per_token_logps, old_per_token_logps, advantages, mask, epsilon_low, epsilon_high, level)
-    units = clipped_units(*arguments)
+    units = clipped_units(per_token_logps, old_per_token_logps, advantages, mask, epsilon_low, epsilon_high, level)
     if level == "sequence":
         log_ratio = sequence_log_ratio(per_token_logps, old_per_token_logps, mask)
     else:

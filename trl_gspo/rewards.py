@@ -21,8 +21,7 @@ import trl.rewards
 
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)")
 
-
-# What TRL hands to every reward function beside the columns of the data set.
+# What reward functions get beside the columns of the data set: of TRL, and `num_turns` of ours, for step rewards.
 _HOST_ARGUMENTS = {
     "prompts",
     "completions",
@@ -30,6 +29,7 @@ _HOST_ARGUMENTS = {
     "environments",
     "log_extra",
     "log_metric",
+    "num_turns",
     "trainer_state",
 }
 

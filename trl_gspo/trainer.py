@@ -50,8 +50,9 @@ class GSPOTrainer(GRPOTrainer):
             `None`) and `turn_ids` (`(B, T)`, -1 off trained tokens). Returns advantages, `(B,)` or `(B, T)`.
 
     Raises:
-        ValueError: before a model is loaded, if the dataset holds too few prompts for one rollout batch; in the loss,
-            if advantages are not one for each sequence.
+        ValueError: before a model is loaded, if the dataset holds too few prompts for one rollout batch, or step
+            rewards are given at level `"sequence"`; in the loss, if advantages at that level are not one for each
+            sequence; in a rollout, if step rewards or `advantage_func` return what does not fit.
 
     Example:
 
