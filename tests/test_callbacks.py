@@ -35,18 +35,20 @@ def test_a_signal_saves_and_stops_at_the_end_of_the_step(stop, signum, capsys):
     assert control.should_save and control.should_training_stop and not control.should_evaluate
 
 
-def test_an_echo_is_not_a_second_signal(stop):
+@pytest.mark.parametrize("echo", [signal.SIGINT, signal.SIGTERM])
+def test_an_echo_is_not_a_second_signal(stop, echo):
     os.kill(os.getpid(), signal.SIGINT)
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), echo)
     control = TrainerControl()
     stop.on_step_end(ONE_PROCESS, None, control)
     assert stop.signum == signal.SIGINT
 
 
-def test_a_later_signal_ends_the_process_at_once(stop, monkeypatch):
+def test_a_later_ctrl_c_ends_the_process_at_once(stop, monkeypatch):
     os.kill(os.getpid(), signal.SIGINT)
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 2)
+    os.kill(os.getpid(), signal.SIGTERM)  # the launcher's end, some time after the terminal's Ctrl-C
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) != stop._handle
