@@ -4,6 +4,7 @@ import ast
 import copy
 import json
 import logging
+import math
 import pickle
 import random
 import re
@@ -28,7 +29,13 @@ DEFAULTS = {
     "steps_per_generation": None,
     "disable_dropout": True,
     "step_discount": 1.0,
+    "clip_fraction_target": None,
+    "clip_epsilon_min": 1e-6,
+    "clip_epsilon_max": 0.5,
+    "log_expert_change": False,
 }
+# Fields that TRL has not.
+OWN = list(DEFAULTS)[list(DEFAULTS).index("step_discount") :]
 # What `from_grpo` makes of a `GRPOConfig` with TRL's defaults, as it is logged.
 CONVERSION = {
     "disable_dropout": (False, True),
@@ -114,7 +121,7 @@ def test_defaults(make):
 
 def test_every_other_default_is_that_of_trl(make, make_grpo):
     assert set(changed_fields(make_grpo(), make())) == set(CONVERSION)
-    assert list(field_values(make())) == [*field_values(make_grpo()), "step_discount"]
+    assert list(field_values(make())) == [*field_values(make_grpo()), *OWN]
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
@@ -218,6 +225,41 @@ def test_step_discount_outside_its_range_is_refused(make, value):
     with pytest.raises(ValueError, match=r"^`step_discount` must be a number in \(0, 1\], got ") as raised:
         make(step_discount=value)
     assert f"got {value!r}." in str(raised.value)
+
+
+@pytest.mark.parametrize("value", [None, 0.15, 1e-3, 0.9])
+def test_clip_fraction_target_in_its_range_is_accepted(make, value):
+    assert make(clip_fraction_target=value).clip_fraction_target == value
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"clip_fraction_target": 0.0}, r"`clip_fraction_target` must be a number in \(0, 1\), got 0.0"),
+        ({"clip_fraction_target": 15}, r"`clip_fraction_target` must be .*, got 15: 0.15, say"),
+        ({"clip_fraction_target": math.nan}, "`clip_fraction_target` must be .*, got nan"),
+        ({"clip_fraction_target": True}, "`clip_fraction_target` must be .*, got True"),
+        ({"clip_fraction_target": "0.15"}, "`clip_fraction_target` must be .*, got '0.15'"),
+        ({"clip_epsilon_min": 0.0}, "`clip_epsilon_min` must be a finite number in"),
+        ({"clip_epsilon_max": 1.5}, "`clip_epsilon_max` must be a finite number in"),
+        (
+            {"clip_fraction_target": 0.15, "clip_epsilon_min": 0.1, "clip_epsilon_max": 0.01},
+            "`clip_epsilon_min=0.1` must be below `clip_epsilon_max=0.01`",
+        ),
+        (
+            {"clip_fraction_target": 0.15, "steps_per_generation": 2, "gradient_accumulation_steps": 4},
+            "is refused with one optimizer step for each rollout batch .* Set `steps_per_generation=16`",
+        ),
+    ],
+)
+def test_what_the_controller_cannot_do_is_refused(make, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+
+
+def test_a_wide_range_is_a_start_where_the_controller_moves_it(make, logged):
+    make(clip_fraction_target=0.15, epsilon=0.2, epsilon_high=0.2, max_completion_length=1000)
+    assert logged() == []
 
 
 @pytest.mark.parametrize("name", FOREIGN)

@@ -8,45 +8,74 @@ import torch
 from test_objective import units_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trl_gspo.diagnostics import RatioStatistics
+from trl_gspo.diagnostics import RatioStatistics, noise_warning
 from trl_gspo.objective import LEVELS
 
 
 EPSILONS = (3e-4, 4e-4)
 
 
-def reference_metrics(batches, epsilon_low, epsilon_high, level="sequence"):
-    """The definitions of the metrics, one unit at a time in float64."""
-    rows, ratios, tokens, clipped_tokens, kls, low, high = 0, [], [], [], [], [], []
-    for batch in batches:
+def quantile(values, share):
+    """Linear between the two values around the place `share * (N - 1)` of the sorted ones."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
+def reference_metrics(batches, epsilon_low, epsilon_high, level="sequence", minibatches=None):
+    """The definitions of the metrics, one unit at a time in float64. `minibatches` holds one index for each batch."""
+    minibatches = minibatches or [0] * len(batches)
+    rows, log_ratios, tokens, clipped_tokens, kls, low, high, of_minibatch = 0, [], [], [], [], [], [], []
+    for batch, minibatch in zip(batches, minibatches, strict=True):
         for new, old, advantages, mask in zip(*(tensor.numpy() for tensor in batch), strict=True):
             units = units_of(mask, level)
             rows += len(units) if level == "turn" else 1
             advantages = np.broadcast_to(advantages, mask.shape)
             for unit in units:
-                log_ratios = new[unit].astype(np.float64) - old[unit].astype(np.float64)
+                token_log_ratios = new[unit].astype(np.float64) - old[unit].astype(np.float64)
                 if not advantages[unit].any():
                     continue
-                ratio = np.exp(log_ratios.mean())
-                ratios.append(ratio)
+                log_ratio = token_log_ratios.mean()
+                ratio = np.exp(log_ratio)
+                log_ratios.append(log_ratio)
                 tokens.append(len(unit))
-                kls.append(np.sum(np.expm1(log_ratios) - log_ratios))
+                kls.append(np.sum(np.expm1(token_log_ratios) - token_log_ratios))
                 is_low = (advantages[unit] < 0) & (ratio < 1 - epsilon_low)
                 is_high = (advantages[unit] > 0) & (ratio > 1 + epsilon_high)
                 low.append(is_low.any())
                 high.append(is_high.any())
                 clipped_tokens.append(np.sum(is_low | is_high))
-    ratios, tokens, low, high = map(np.array, (ratios, tokens, low, high))
-    return {
+                of_minibatch.append(minibatch)
+    log_ratios, tokens, low, high, of_minibatch = map(np.array, (log_ratios, tokens, low, high, of_minibatch))
+    ratios = np.exp(log_ratios)
+    metrics = {
         "gspo/clip_fraction/sequences": np.mean(low | high),
         "gspo/clip_fraction/low": np.mean(low),
         "gspo/clip_fraction/high": np.mean(high),
         "gspo/clip_fraction/tokens": np.sum(clipped_tokens) / np.sum(tokens),
+    }
+    for index in sorted(set(minibatches)):
+        is_of = of_minibatch == index
+        metrics[f"gspo/clip_fraction/minibatch_{index}"] = np.sum((low | high) & is_of) / np.sum(is_of)
+    metrics |= {
         "gspo/ratio/mean": np.mean(ratios),
         "gspo/ratio/std": np.std(ratios),
         "gspo/ratio/min": np.min(ratios),
         "gspo/ratio/max": np.max(ratios),
+        "gspo/ratio/p01": quantile(ratios, 0.01),
+        "gspo/ratio/p10": quantile(ratios, 0.1),
+        "gspo/ratio/p50": quantile(ratios, 0.5),
+        "gspo/ratio/p90": quantile(ratios, 0.9),
+        "gspo/ratio/p99": quantile(ratios, 0.99),
         "gspo/ratio/ess": np.sum(ratios) ** 2 / (len(ratios) * np.sum(ratios**2)),
+    }
+    if 0 in minibatches:
+        metrics["gspo/ratio/noise"] = np.std(log_ratios[of_minibatch == 0])
+    centred, lengths = log_ratios - np.mean(log_ratios), tokens - np.mean(tokens)
+    return metrics | {
+        "gspo/ratio/length_correlation": np.sum(centred * lengths) / np.sqrt(np.sum(centred**2) * np.sum(lengths**2)),
         "gspo/kl_old": np.sum(kls) / np.sum(tokens),
         "gspo/live_fraction": len(ratios) / rows,
     }
@@ -88,11 +117,25 @@ def gathered_alone(state):
     return state
 
 
-def accumulate(batches, epsilons=EPSILONS, level="sequence"):
+def accumulate(batches, epsilons=EPSILONS, level="sequence", minibatches=None, **kwargs):
     statistics = RatioStatistics()
-    for batch in batches:
-        statistics.update(*batch, *epsilons, level)
+    for batch, minibatch in zip(batches, minibatches or [0] * len(batches), strict=True):
+        statistics.update(*batch, *epsilons, level, minibatch, **kwargs)
     return statistics
+
+
+def padded_to(size):
+    """The padding of `accelerator.pad_across_processes`, where the longest rank has `size` lines."""
+    return lambda units: torch.nn.functional.pad(units, (0, 0, 0, size - len(units)), value=-1)
+
+
+def over_ranks(ranks, pad=lambda units: units):
+    """Metrics of several `RatioStatistics`, each of a process of its own."""
+    first, *others = ranks
+    states = []
+    for other in others:
+        other.compute(lambda state: states.append(state) or state, pad)
+    return first.compute(lambda state: torch.cat([state, *states]), pad)
 
 
 def single_row(log_ratio, advantage=1.0, length=3):
@@ -124,10 +167,8 @@ def test_other_units_equal_plain_numpy_over_updates(level, batches, epsilons):
 
 @LEVELS_AND_BATCHES
 def test_other_units_add_up_over_ranks(level, batches):
-    first, second = accumulate(batches[:1], level=level), accumulate(batches[1:], level=level)
-    states = []
-    second.compute(lambda state: states.append(state) or state)
-    metrics = first.compute(lambda state: torch.cat([state, *states]))
+    ranks = accumulate(batches[:1], level=level), accumulate(batches[1:], level=level)
+    metrics = over_ranks(ranks, padded_to(1000))
     assert_metrics(metrics, reference_metrics(batches, *EPSILONS, level), rel=2e-5)
 
 
@@ -156,11 +197,7 @@ def test_turns_worked_out_by_hand():
 def test_ranks_add_up_to_one_process(ranks):
     dead = (BATCHES[0][0], BATCHES[0][1], torch.zeros(8), BATCHES[0][3])
     batches = [[dead if index == "dead" else BATCHES[index] for index in rank] for rank in ranks]
-    first, *others = (accumulate(rank) for rank in batches)
-    states = []
-    for other in others:
-        other.compute(lambda state: states.append(state) or state)
-    metrics = first.compute(lambda state: torch.cat([state, *states]))
+    metrics = over_ranks([accumulate(rank) for rank in batches], padded_to(40))
     assert_metrics(metrics, reference_metrics(sum(batches, []), *EPSILONS), rel=2e-5)
 
 
@@ -169,7 +206,11 @@ def test_ranks_add_up_to_one_process(ranks):
 #   mean = 5.7 / 4 = 1.425; sum s^2 = 16 + 0.0625 + 0.0625 + 1.44 = 17.565
 #   std = sqrt(17.565 / 4 - 1.425^2) = sqrt(2.360625); ess = 5.7^2 / (4 * 17.565) = 32.49 / 70.26
 #   k3 = r - 1 - ln r, summed: (2 + 8 + 0.5 + 0.125 + 0.25 + 1.2) - 6 - ln(16 / 16 / 4 * 1.2) = 6.075 - ln 0.3
+#   log s = 2 ln 2, -2 ln 2, -2 ln 2, ln 1.2; lengths 2, 2, 1, 1, of mean 1.5 and summed squares 1 about it: their
+#   covariance with log s sums to (0 + 2 ln 2 - ln 1.2) / 2
 def test_numbers_worked_out_by_hand():
+    square, mean = (12 * math.log(2) ** 2 + math.log(1.2) ** 2) / 4, (math.log(1.2) - 2 * math.log(2)) / 4
+    noise = math.sqrt(square - mean**2)
     ratios = torch.tensor([[2, 8], [1 / 2, 1 / 8], [1 / 4, 1], [1.2, 1], [9, 9]], dtype=torch.float64)
     mask = torch.tensor([[1, 1], [1, 1], [1, 0], [1, 0], [1, 1]])
     statistics = RatioStatistics()
@@ -180,11 +221,19 @@ def test_numbers_worked_out_by_hand():
         "gspo/clip_fraction/low": 1 / 4,
         "gspo/clip_fraction/high": 1 / 4,
         "gspo/clip_fraction/tokens": 4 / 6,
+        "gspo/clip_fraction/minibatch_0": 2 / 4,
         "gspo/ratio/mean": 1.425,
         "gspo/ratio/std": math.sqrt(2.360625),
         "gspo/ratio/min": 1 / 4,
         "gspo/ratio/max": 4,
+        "gspo/ratio/p01": 1 / 4,
+        "gspo/ratio/p10": 1 / 4,
+        "gspo/ratio/p50": 0.725,
+        "gspo/ratio/p90": 1.2 + 0.7 * 2.8,
+        "gspo/ratio/p99": 1.2 + 0.97 * 2.8,
         "gspo/ratio/ess": 32.49 / 70.26,
+        "gspo/ratio/noise": noise,
+        "gspo/ratio/length_correlation": (math.log(2) - math.log(1.2) / 2) / (2 * noise),
         "gspo/kl_old": (6.075 - math.log(0.3)) / 6,
         "gspo/live_fraction": 4 / 5,
     }
@@ -231,7 +280,8 @@ def test_log_probs_in_bfloat16():
 def test_without_live_rows(batch):
     metrics = accumulate([batch]).compute(gathered_alone)
     assert metrics.pop("gspo/live_fraction") == 0
-    assert len(metrics) == 10 and all(math.isnan(value) for value in metrics.values())
+    assert metrics.keys() | {"gspo/live_fraction"} == reference_metrics(BATCHES, *EPSILONS).keys()
+    assert all(math.isnan(value) for value in metrics.values())
 
 
 def test_counts_above_the_integers_of_float32():
@@ -241,6 +291,79 @@ def test_counts_above_the_integers_of_float32():
     statistics.update(many, many, torch.ones(1), torch.ones(1, 1, dtype=torch.bool).expand(1, 2**24), *EPSILONS)
     statistics.update(*single_row(0.1, length=1), *EPSILONS)
     assert statistics.compute(gathered_alone)["gspo/clip_fraction/tokens"] == 1 / (2**24 + 1)
+
+
+def test_minibatches_and_the_noise_of_the_first():
+    # Two rollout batches of two minibatches, of which the last log saw the end of the first and all of the second.
+    minibatches = [1, 0, 1, 2]
+    expected = reference_metrics(BATCHES, *EPSILONS, minibatches=minibatches)
+    assert 0 < expected["gspo/clip_fraction/minibatch_0"] != expected["gspo/clip_fraction/minibatch_1"] > 0
+    assert expected["gspo/ratio/noise"] != pytest.approx(reference_metrics(BATCHES, *EPSILONS)["gspo/ratio/noise"])
+    assert_metrics(accumulate(BATCHES, minibatches=minibatches).compute(gathered_alone), expected, rel=2e-5)
+
+
+def test_without_a_first_minibatch_there_is_no_noise():
+    metrics = accumulate(BATCHES[:2], minibatches=[3, 5]).compute(gathered_alone)
+    assert "gspo/ratio/noise" not in metrics and "gspo/clip_fraction/minibatch_0" not in metrics
+    assert {"gspo/clip_fraction/minibatch_3", "gspo/clip_fraction/minibatch_5"} < metrics.keys()
+
+
+def test_quantiles_are_of_the_window_and_not_means_of_quantiles():
+    # Nine ratios of 1 in one micro-batch and one of e in the other: the mean of the two medians would be 1.86.
+    statistics = accumulate([single_row(0.0)] * 9 + [single_row(1.0)])
+    metrics = statistics.compute(gathered_alone)
+    assert metrics["gspo/ratio/p50"] == 1
+    assert metrics["gspo/ratio/p99"] == pytest.approx(1 + 0.91 * (math.e - 1))
+    assert statistics.ratios.tolist() == pytest.approx([1.0] * 9 + [math.e])
+
+
+def test_slots_beyond_the_most_turns_are_not_kept():
+    most = max(len(units_of(row, "turn")) for batch in BATCHES for row in batch[3])
+    rows = RatioStatistics().update(*BATCHES[2], *EPSILONS, "turn", max_units=most)
+    assert rows.shape == (16 * most, 7) and most < 17
+    metrics = accumulate(BATCHES, level="turn", max_units=most).compute(gathered_alone)
+    assert metrics == accumulate(BATCHES, level="turn").compute(gathered_alone)
+
+
+def test_expert_changes_add_up_over_micro_batches_and_ranks():
+    def rank(*changes):
+        statistics = RatioStatistics()
+        for change in changes:
+            statistics.update(*BATCHES[1], *EPSILONS, expert_changes=torch.tensor(change))
+        return statistics
+
+    ranks = rank([1, 10], [3, 2**25 + 1]), rank([0, 20], [1, 0])
+    assert over_ranks(ranks)["gspo/expert_change_fraction"] == 5 / (31 + 2**25)
+    assert math.isnan(rank([0, 0]).compute(gathered_alone)["gspo/expert_change_fraction"])
+    assert "gspo/expert_change_fraction" not in accumulate(BATCHES).compute(gathered_alone)
+
+
+def test_nan_of_a_live_unit_is_seen():
+    metrics = accumulate([*BATCHES, single_row(math.nan)]).compute(gathered_alone)
+    assert math.isnan(metrics["gspo/ratio/mean"]) and math.isnan(metrics["gspo/ratio/p50"])
+    assert 0 < metrics["gspo/clip_fraction/sequences"] < 1
+
+
+@pytest.mark.parametrize(("spread", "is_warned"), [(0.0, False), (2e-4, False), (4e-4, True), (math.nan, False)])
+def test_noise_above_a_third_of_the_narrower_side_is_warned_of(spread, is_warned):
+    # Two ratios, exp(+-spread), before any update; the clip range is 3e-3 below 1 and 1e-3 above, a third is 3.3e-4.
+    statistics = accumulate([single_row(spread), single_row(-spread)], epsilons=(3e-3, 1e-3))
+    message = noise_warning(statistics.compute(gathered_alone), 3e-3, 1e-3)
+    assert (message is not None) == is_warned
+    if is_warned:
+        assert "`gspo/ratio/noise` is 0.0004" in message and "clip range (0.001)" in message
+        assert "0.0% of the live sequences" in message and "disable_dropout=True" in message
+
+
+def test_warning_says_what_the_noise_clips():
+    batches = [single_row(5e-3), single_row(-5e-3), single_row(0.0), single_row(1e-4)]
+    message = noise_warning(accumulate(batches).compute(gathered_alone), *EPSILONS)
+    assert "25.0% of the live sequences are clipped by noise alone" in message and "at least 0.011" in message
+
+
+def test_no_warning_where_no_first_minibatch_was():
+    metrics = accumulate([single_row(0.5), single_row(-0.5)], minibatches=[1, 1]).compute(gathered_alone)
+    assert noise_warning(metrics, *EPSILONS) is None
 
 
 def test_starts_anew_after_compute():

@@ -587,6 +587,7 @@ def test_clipped_units_equal_a_loop(level, make):
             low = [a < 0 and log_ratio.exp() < 1 - EPSILON_LOW for a in advantage]
             high = [a > 0 and log_ratio.exp() > 1 + EPSILON_HIGH for a in advantage]
             row_of = dict(log_ratio=log_ratio, lengths=len(unit), is_live=any(advantage), is_clipped_low=any(low))
+            row_of |= dict(has_negative=min(advantage) < 0, has_positive=max(advantage) > 0)
             row_of |= dict(is_clipped_high=any(high), clipped_tokens=sum(low) + sum(high))
             for name, value in row_of.items():
                 expected[name][i, k] = value

@@ -94,10 +94,22 @@ class GSPOConfig(GRPOConfig):
         step_discount (`float`, *optional*, defaults to `1.0`):
             Discount of step rewards for each step between a token and the reward, in (0, 1]. DeepSeekMath
             (https://huggingface.co/papers/2402.03300, section 4.1.3) has 1.
+        clip_fraction_target (`float` or `None`, *optional*):
+            Share of the live sequences (turns, at level `"turn"`) to be clipped, over all minibatches of a rollout
+            batch. If set, `epsilon` and `epsilon_high` are where the clip range starts, and it is moved after each
+            rollout batch ([`~trl_gspo.clip_range.ClipRangeController`]). 0.15 is about what the paper reports.
+        clip_epsilon_min (`float`, *optional*, defaults to `1e-6`):
+            Least width that `clip_fraction_target` gives either side of the clip range.
+        clip_epsilon_max (`float`, *optional*, defaults to `0.5`):
+            Largest width that `clip_fraction_target` gives either side of the clip range.
+        log_expert_change (`bool`, *optional*, defaults to `False`):
+            Whether to log `gspo/expert_change_fraction`: for a mixture of experts, the share of routed experts that
+            differ between the old policy and the one in training, on the same tokens.
 
     Raises:
         ValueError: if an epsilon is not finite or not in (0, 1), if `step_discount` is not in (0, 1], if `loss_type`
-            or `importance_sampling_level` is not GSPO's, or if an option is set that only a refused loss type reads.
+            or `importance_sampling_level` is not GSPO's, if an option is set that only a refused loss type reads, or
+            if `clip_fraction_target` is not in (0, 1), or is set where the ratio is always 1.
     """
 
     importance_sampling_level: str = field(
@@ -160,12 +172,35 @@ class GSPOConfig(GRPOConfig):
             "DeepSeekMath, section 4.1.3 (https://huggingface.co/papers/2402.03300)."
         },
     )
+    clip_fraction_target: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the live sequences to be clipped over a rollout batch. If set, the clip range starts at "
+            "`epsilon` and `epsilon_high` and is moved to it. The GSPO paper reports about 0.15."
+        },
+    )
+    clip_epsilon_min: float = field(
+        default=1e-6,
+        metadata={"help": "Least width that `clip_fraction_target` gives either side of the clip range."},
+    )
+    clip_epsilon_max: float = field(
+        default=0.5,
+        metadata={"help": "Largest width that `clip_fraction_target` gives either side of the clip range."},
+    )
+    log_expert_change: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to log `gspo/expert_change_fraction`, for a mixture of experts: the share of routed "
+            "experts that differ between the old policy and the one in training."
+        },
+    )
 
     def __post_init__(self):
         self._refuse()
         if self.steps_per_generation is None and self.generation_batch_size is None:
             self.steps_per_generation = MINIBATCHES_PER_ROLLOUT * self.gradient_accumulation_steps
         super().__post_init__()
+        self._refuse_clip_fraction_target()
         for message in self._doubts():
             logger.warning_once(message)
 
@@ -200,6 +235,31 @@ class GSPOConfig(GRPOConfig):
                     "which is not GSPO. Remove it."
                 )
 
+    def _refuse_clip_fraction_target(self) -> None:
+        for name in ("clip_epsilon_min", "clip_epsilon_max"):
+            check_epsilon(name, getattr(self, name))
+        target = self.clip_fraction_target
+        if target is None:
+            return
+        is_number = isinstance(target, (int, float)) and not isinstance(target, bool)
+        if not (is_number and 0 < target < 1):
+            raise ValueError(f"`clip_fraction_target` must be a number in (0, 1), got {target!r}: 0.15, say, or None.")
+        if self.clip_epsilon_min >= self.clip_epsilon_max:
+            raise ValueError(
+                f"`clip_epsilon_min={self.clip_epsilon_min}` must be below `clip_epsilon_max={self.clip_epsilon_max}`."
+            )
+        if self._takes_one_step:
+            raise ValueError(
+                f"`clip_fraction_target={target}` is refused with one optimizer step for each rollout batch "
+                f"(`steps_per_generation={self.steps_per_generation}`, `gradient_accumulation_steps="
+                f"{self.gradient_accumulation_steps}`): the ratio is exactly 1, and no range clips it. Set "
+                f"`steps_per_generation={MINIBATCHES_PER_ROLLOUT * self.gradient_accumulation_steps}`."
+            )
+
+    @property
+    def _takes_one_step(self) -> bool:
+        return self.gradient_accumulation_steps % (self.steps_per_generation * self.num_iterations) == 0
+
     def _doubts(self) -> Iterator[str]:
         """One sentence for each setting that runs but is most likely not what was meant."""
         completion_length = self.max_completion_length
@@ -207,7 +267,7 @@ class GSPOConfig(GRPOConfig):
         wide = [
             f"`{name}={getattr(self, name)}`"
             for name in ("epsilon", "epsilon_high")
-            if is_long and (getattr(self, name) or 0) > _WIDE_EPSILON
+            if is_long and self.clip_fraction_target is None and (getattr(self, name) or 0) > _WIDE_EPSILON
         ]
         if wide:
             yield (
@@ -220,7 +280,7 @@ class GSPOConfig(GRPOConfig):
                 f"`epsilon_high={self.epsilon_high}` is narrower than `epsilon={self.epsilon}`, the opposite of the "
                 "paper's: set both, or `epsilon_high=None` for the same on both sides."
             )
-        if self.gradient_accumulation_steps % (self.steps_per_generation * self.num_iterations) == 0:
+        if self._takes_one_step:
             yield (
                 f"`steps_per_generation={self.steps_per_generation}` with "
                 f"`gradient_accumulation_steps={self.gradient_accumulation_steps}` takes one optimizer step from each "

@@ -1,46 +1,49 @@
 """
-Statistics of ratio and clipping: exact sums over micro-batches and ranks, divided once.
+Statistics of ratio and clipping: one line is kept of each unit, over micro-batches and ranks, and metrics are of all.
 
-Tensors stay on the device while the loss runs; a log costs one collective and one copy to the host. B sequences,
-T completion tokens; log-ratios in nats.
+Tensors stay on the device while the loss runs; a log costs one gather and one copy to the host. B sequences, T
+completion tokens, U units of ratio to a sequence; log-ratios in nats.
 """
 
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .objective import at_tokens, clipped_units, exact_dtype, unit_ids
+from .objective import clipped_units, exact_dtype, unit_ids
 
 
-# Over live units, those with a gradient to give: at least one trained token whose advantage is not 0.
-_SUMS = (
-    "units",
-    "live",
-    "clipped_low",
-    "clipped_high",
-    "tokens",
-    "clipped_tokens",
-    "excess",
-    "squared_excess",
-    "kl_old",
-)
+# What is kept of each unit. `length` is -1 where a row has fewer units than others, which is no unit; `sides` is 1
+# if a token has a negative advantage, plus 2 if one has a positive, so that 0 is dead; `clipped` is -1 for low, 1 for
+# high, 0 for neither.
+_COLUMNS = ("log_ratio", "length", "sides", "clipped", "clipped_tokens", "kl_old", "minibatch")
+_NO_UNIT = -1
+
+_QUANTILES = {"p01": 0.01, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99}
+
+# Above this share of the clip range, rounding and dropout decide over a visible part of what is clipped: with a normal
+# spread, 0.3% of the ratios leave a range of three standard deviations by themselves.
+_NOISE_SHARE = 1 / 3
 
 
 class RatioStatistics:
     """
-    What the importance ratio did since the last log. A unit is a sequence, or at level `"turn"` a turn.
+    What the importance ratio did since the last log. A unit is a sequence, or at level `"turn"` a turn. A unit is live
+    if it has a gradient to give: at least one trained token whose advantage is not 0.
 
-    `ratio - 1` is summed rather than `ratio`: near 1 the variance would drown in cancellation.
+    Attributes:
+        ratios (`np.ndarray`): of the live units behind the last [`RatioStatistics.compute`], over all ranks.
     """
 
     def __init__(self):
-        self._sums: Tensor | None = None
-        self._extremes: Tensor | None = None
+        self._units: list[Tensor] = []
+        self._expert_changes: list[Tensor] = []
+        self.ratios = np.empty(0)
 
     def __bool__(self) -> bool:
-        return self._sums is not None
+        return bool(self._units)
 
     @torch.no_grad()
     def update(
@@ -52,78 +55,173 @@ class RatioStatistics:
         epsilon_low: float,
         epsilon_high: float,
         level: str = "sequence",
-    ) -> None:
+        minibatch: int = 0,
+        max_units: int | None = None,
+        expert_changes: Tensor | None = None,
+    ) -> Tensor:
         """
-        Adds one micro-batch. Nothing is synchronised with the host. Takes the arguments of
-        [`~trl_gspo.objective.clipped_units`], and raises what it raises.
+        Adds one micro-batch. Nothing is synchronised with the host. The first arguments are those of
+        [`~trl_gspo.objective.clipped_units`], which says what they raise.
+
+        Args:
+            minibatch (`int`, *optional*, defaults to 0): optimizer steps since the rollout.
+            max_units (`int`, *optional*): no row has more units than this, where that is known: keeps what is stored
+                small at level `"turn"`.
+            expert_changes (`Tensor`, *optional*): `(2,)`, routings that changed and routings compared.
+
+        Returns:
+            `Tensor`: `(B * U, 7)`, what was added.
         """
         units = clipped_units(per_token_logps, old_per_token_logps, advantages, mask, epsilon_low, epsilon_high, level)
         # Counts of tokens outgrow float32's 24 bits within a few steps.
         dtype = exact_dtype(mask)
-        log_ratio = units.log_ratio.to(dtype)
-        is_live = units.is_live
-        excess = torch.expm1(log_ratio).masked_fill(~is_live, 0.0)
         mask = mask.bool()
-        is_live_token = mask & at_tokens(is_live, unit_ids(mask, level)[0])
-        token_log_ratio = (per_token_logps.to(dtype) - old_per_token_logps.to(dtype)).masked_fill(~is_live_token, 0.0)
+        ids, size = unit_ids(mask, level)
+        token_log_ratio = (per_token_logps.to(dtype) - old_per_token_logps.to(dtype)).masked_fill(~mask, 0.0)
         per_token_kl = torch.expm1(token_log_ratio) - token_log_ratio
-
-        sums = torch.stack(
-            [
-                # A sequence without trained tokens is a unit too; a turn without them is none.
-                log_ratio.new_full((), len(mask)) if level != "turn" else (units.lengths > 0).sum().to(dtype),
-                is_live.sum().to(dtype),
-                units.is_clipped_low.sum().to(dtype),
-                units.is_clipped_high.sum().to(dtype),
-                is_live_token.sum().to(dtype),
-                units.clipped_tokens.sum().to(dtype),
-                excess.sum(),
-                excess.square().sum(),
-                per_token_kl.sum(),
-            ]
+        kl_old = per_token_kl.new_zeros(len(mask), size + 1).scatter_add(1, ids + 1, per_token_kl)[:, 1:]
+        # A sequence without trained tokens is a unit too; a turn without them is none.
+        is_unit = units.lengths > 0 if level == "turn" else torch.ones_like(units.is_live)
+        columns = (
+            units.log_ratio,
+            units.lengths.masked_fill(~is_unit, _NO_UNIT),
+            units.has_negative + 2 * units.has_positive,
+            units.is_clipped_high.long() - units.is_clipped_low.long(),
+            units.clipped_tokens,
+            kl_old,
+            torch.full_like(units.lengths, minibatch),
         )
-        ratio = torch.exp(units.log_ratio).to(dtype)
-        extremes = torch.stack(
-            [
-                -ratio.masked_fill(~is_live, math.inf).amin(),
-                ratio.masked_fill(~is_live, -math.inf).amax(),
-            ]
-        )
-        self._sums = sums if self._sums is None else self._sums + sums
-        self._extremes = extremes if self._extremes is None else torch.maximum(self._extremes, extremes)
+        rows = torch.stack([column[:, :max_units].to(dtype) for column in columns], -1).flatten(0, 1)
+        self._units.append(rows)
+        if expert_changes is not None:
+            self._expert_changes.append(expert_changes.to(dtype))
+        return rows
 
-    def compute(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    def compute(
+        self, gather: Callable[[Tensor], Tensor], pad: Callable[[Tensor], Tensor] = lambda units: units
+    ) -> dict[str, float]:
         """
         Metrics since the last call, over all ranks; then starts anew. All ranks must call it together.
 
         Args:
             gather (`Callable`): concatenates a 1-D tensor over the ranks, as `accelerator.gather` does.
+            pad (`Callable`, *optional*): makes the first dimension as long as on the longest rank, with -1. Needed
+                where ranks can have different numbers of units.
 
         Returns:
-            `dict[str, float]`: keyed as logged. NaN where there was no live unit.
+            `dict[str, float]`: keyed as logged. NaN where there was no live unit. `gspo/ratio/noise` is there only if
+            a first minibatch was, `gspo/clip_fraction/minibatch_K` for each minibatch that was, and
+            `gspo/expert_change_fraction` only if routings were compared.
         """
-        state = torch.cat([self._sums, self._extremes])
-        by_rank = gather(state).view(-1, len(state)).cpu().double()
-        sums = dict(zip(_SUMS, by_rank[:, : len(_SUMS)].sum(0).tolist(), strict=True))
-        negative_minimum, maximum = by_rank[:, len(_SUMS) :].amax(0).tolist()
-        self._sums = self._extremes = None
+        changes = torch.stack(self._expert_changes).sum(0) if self._expert_changes else None
+        units, changes = gather_units(self._units, gather, pad, changes)
+        self._units, self._expert_changes = [], []
+        self.ratios = live_ratios(units)
+        metrics = ratio_metrics(units)
+        if changes is not None:
+            changed, compared = changes
+            metrics["gspo/expert_change_fraction"] = changed / compared if compared else math.nan
+        return metrics
 
-        live = sums["live"] or math.nan
-        tokens = sums["tokens"] or math.nan
-        mean_excess = sums["excess"] / live
-        mean_squared_excess = sums["squared_excess"] / live
-        mean, mean_square = 1 + mean_excess, 1 + 2 * mean_excess + mean_squared_excess
-        return {
-            "gspo/clip_fraction/sequences": (sums["clipped_low"] + sums["clipped_high"]) / live,
-            "gspo/clip_fraction/low": sums["clipped_low"] / live,
-            "gspo/clip_fraction/high": sums["clipped_high"] / live,
-            "gspo/clip_fraction/tokens": sums["clipped_tokens"] / tokens,
-            "gspo/ratio/mean": mean,
-            "gspo/ratio/std": math.sqrt(max(mean_squared_excess - mean_excess * mean_excess, 0.0)),
-            "gspo/ratio/min": -negative_minimum if sums["live"] else math.nan,
-            "gspo/ratio/max": maximum if sums["live"] else math.nan,
-            # At most 1 but for rounding; without a value where all ratios underflow.
-            "gspo/ratio/ess": min(mean * mean / mean_square, 1.0) if mean_square > 0 else math.nan,
-            "gspo/kl_old": sums["kl_old"] / tokens,
-            "gspo/live_fraction": sums["live"] / sums["units"],
-        }
+
+def gather_units(
+    rows: list[Tensor],
+    gather: Callable[[Tensor], Tensor],
+    pad: Callable[[Tensor], Tensor],
+    sums: Tensor | None = None,
+) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+    """
+    What [`RatioStatistics.update`] returned, of all ranks, on the host: columns by name, and `sums` added up.
+
+    Args:
+        rows (`list[Tensor]`): each `(N, 7)`.
+        gather, pad (`Callable`): as in [`RatioStatistics.compute`].
+        sums (`Tensor`, *optional*): `(M,)`, to add up over the ranks in the same gather.
+    """
+    state = pad(torch.cat(rows))
+    size = state.numel()
+    state = state.flatten() if sums is None else torch.cat([state.flatten(), sums])
+    by_rank = gather(state).view(-1, len(state)).cpu().double().numpy()
+    table = by_rank[:, :size].reshape(-1, len(_COLUMNS))
+    table = table[table[:, _COLUMNS.index("length")] != _NO_UNIT]
+    return dict(zip(_COLUMNS, table.T, strict=True)), None if sums is None else by_rank[:, size:].sum(0)
+
+
+# An infinite ratio leaves no finite mean or spread, and NumPy would warn of it.
+@np.errstate(invalid="ignore", over="ignore", divide="ignore")
+def ratio_metrics(units: dict[str, np.ndarray]) -> dict[str, float]:
+    """
+    Metrics of a logging window from one value for each unit, in NumPy and float64. All but
+    `gspo/live_fraction` are of live units alone.
+
+    Args:
+        units (`dict[str, np.ndarray]`): by column: `log_ratio` in nats, `length` in trained tokens, `sides` (1 if a
+            token has a negative advantage, plus 2 if one has a positive; 0 is dead), `clipped` (-1 low, 1 high),
+            `clipped_tokens`, `kl_old` (k3 estimate summed over the unit, nats), `minibatch`.
+    """
+    is_live = units["sides"] > 0
+    live = {name: column[is_live] for name, column in units.items()}
+    clipped, tokens = live["clipped"], live["length"].sum()
+    first = live["log_ratio"][live["minibatch"] == 0]
+    metrics = {
+        "gspo/clip_fraction/sequences": _mean(clipped != 0),
+        "gspo/clip_fraction/low": _mean(clipped < 0),
+        "gspo/clip_fraction/high": _mean(clipped > 0),
+        "gspo/clip_fraction/tokens": live["clipped_tokens"].sum() / tokens if tokens else math.nan,
+    }
+    for index in np.unique(units["minibatch"]):
+        metrics[f"gspo/clip_fraction/minibatch_{int(index)}"] = _mean(clipped[live["minibatch"] == index] != 0)
+    metrics |= {f"gspo/ratio/{name}": value for name, value in _distribution(live_ratios(units)).items()}
+    if (units["minibatch"] == 0).any():
+        metrics["gspo/ratio/noise"] = first.std() if len(first) else math.nan
+    metrics["gspo/ratio/length_correlation"] = _correlation(live["log_ratio"], live["length"])
+    metrics["gspo/kl_old"] = live["kl_old"].sum() / tokens if tokens else math.nan
+    metrics["gspo/live_fraction"] = _mean(is_live)
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def noise_warning(metrics: dict[str, float], epsilon_low: float, epsilon_high: float) -> str | None:
+    """What to say if the ratio leaves the clip range by noise alone; `None` if it does not."""
+    noise, epsilon = metrics.get("gspo/ratio/noise", math.nan), min(epsilon_low, epsilon_high)
+    if not noise > _NOISE_SHARE * epsilon:
+        return None
+    clipped = metrics["gspo/clip_fraction/minibatch_0"]
+    return (
+        f"`gspo/ratio/noise` is {noise:.2g}, more than a third of the clip range ({epsilon:.2g}): before any update, "
+        f"with the weights that sampled, {clipped:.1%} of the live sequences are clipped by noise alone. What helps: "
+        "`disable_dropout=True`, a float32 head (`cast_lm_head_to_fp32=True`), or a wider `epsilon` and "
+        f"`epsilon_high`, at least {3 * noise:.2g}."
+    )
+
+
+@np.errstate(over="ignore")
+def live_ratios(units: dict[str, np.ndarray]) -> np.ndarray:
+    """The importance ratios of the live units among `units`, which are by column as in [`ratio_metrics`]."""
+    return np.exp(units["log_ratio"][units["sides"] > 0])
+
+
+def _mean(values: np.ndarray) -> float:
+    return values.mean() if len(values) else math.nan
+
+
+def _distribution(ratios: np.ndarray) -> dict[str, float]:
+    names = ("mean", "std", "min", "max", *_QUANTILES, "ess")
+    if not len(ratios):
+        return dict.fromkeys(names, math.nan)
+    mean, mean_square = ratios.mean(), np.square(ratios).mean()
+    values = (
+        mean,
+        ratios.std(),
+        ratios.min(),
+        ratios.max(),
+        *np.quantile(ratios, list(_QUANTILES.values())),
+        # (sum s)^2 / (N sum s^2): at most 1 but for rounding; without a value where all ratios underflow.
+        min(mean * mean / mean_square, 1.0) if mean_square > 0 else math.nan,
+    )
+    return dict(zip(names, values, strict=True))
+
+
+def _correlation(first: np.ndarray, second: np.ndarray) -> float:
+    if len(first) < 2 or first.std() == 0 or second.std() == 0:
+        return math.nan
+    return np.corrcoef(first, second)[0, 1]

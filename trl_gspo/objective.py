@@ -58,7 +58,10 @@ class Units(NamedTuple):
     Args:
         log_ratio (`Tensor`): `(B, U)`, nats, mean over the unit; 0 for one without trained tokens.
         lengths (`Tensor`): `(B, U)`, trained tokens.
-        is_live (`Tensor`): `(B, U)`, bool.
+        has_negative (`Tensor`): `(B, U)`, bool: a trained token has a negative advantage, so that the ratio can be
+            clipped from below.
+        has_positive (`Tensor`): `(B, U)`, bool: a trained token has a positive advantage.
+        is_live (`Tensor`): `(B, U)`, bool: a trained token has an advantage that is not 0.
         is_clipped_low (`Tensor`): `(B, U)`, bool.
         is_clipped_high (`Tensor`): `(B, U)`, bool.
         clipped_tokens (`Tensor`): `(B, U)`, trained tokens whose gradient the clip stops.
@@ -66,6 +69,8 @@ class Units(NamedTuple):
 
     log_ratio: Tensor
     lengths: Tensor
+    has_negative: Tensor
+    has_positive: Tensor
     is_live: Tensor
     is_clipped_low: Tensor
     is_clipped_high: Tensor
@@ -273,6 +278,8 @@ def clipped_units(
     return Units(
         log_ratio=log_ratio,
         lengths=count(is_trained),
+        has_negative=count((advantages < 0) & is_trained) > 0,
+        has_positive=count((advantages > 0) & is_trained) > 0,
         is_live=count((advantages != 0) & is_trained) > 0,
         is_clipped_low=count(is_low) > 0,
         is_clipped_high=count(is_high) > 0,

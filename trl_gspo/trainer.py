@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import (
@@ -16,9 +18,10 @@ from transformers import (
     TrainerCallback,
 )
 
+from .clip_range import ClipRangeController
 from .config import GSPOConfig
 from .credit import StepCredit, check_advantages, step_kind
-from .diagnostics import RatioStatistics
+from .diagnostics import RatioStatistics, noise_warning
 from .host import GRPOConfig, GRPOTrainer, nanstd
 from .objective import token_log_ratio, turn_ids
 
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import BitsAndBytesConfig
     from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
+
+
+logger = get_logger(__name__)
 
 
 class GSPOTrainer(GRPOTrainer):
@@ -141,8 +147,25 @@ class GSPOTrainer(GRPOTrainer):
                 _disable_functional_dropout(network)
         self._ratio_statistics = {"train": RatioStatistics(), "eval": RatioStatistics()}
         self._per_token_logps = self._loss_inputs = self._loss_mask = None
+        self._rollout_step, self._max_units, self._warned_of_noise = 0, None, False
+        if args.clip_fraction_target is not None:
+            self.add_callback(
+                ClipRangeController(
+                    self.epsilon_low,
+                    self.epsilon_high,
+                    args.clip_fraction_target,
+                    args.clip_epsilon_min,
+                    args.clip_epsilon_max,
+                )
+            )
         if args.importance_sampling_level != "sequence":
             self.importance_sampling_level = "token"  # of the parent's loss: see `_as_gspo_token`
+
+    @property
+    def _clip_range(self) -> ClipRangeController | None:
+        # Not an attribute: transformers makes new callbacks of the old where it restores them from a checkpoint.
+        controllers = (call for call in self.callback_handler.callbacks if isinstance(call, ClipRangeController))
+        return next(controllers, None)
 
     def _generate(self, prompts: list) -> tuple:
         rollout = super()._generate(prompts)
@@ -162,6 +185,14 @@ class GSPOTrainer(GRPOTrainer):
         output = super()._generate_and_score_completions(inputs)
         mask = _trained_tokens(output)
         mode = "train" if self.model.training else "eval"
+        if mode == "train":
+            self._rollout_step = self.state.global_step
+        if self.args.importance_sampling_level == "turn":
+            # On the host once a rollout, so that the statistics keep no slots for turns that no row has.
+            self._max_units = max(int(turn_ids(mask).max()) + 1, 1)
+        rewards = self._rewards_per_func
+        is_unscored = rewards.isnan().all(1) | rewards.isinf().any(1)
+        self._metrics[mode]["gspo/unscored_fraction"].append(is_unscored.float().mean().item())
         if self._step_credit.kinds:
             num_generations = self.num_generations if mode == "train" else self.num_generations_eval
             credit = self._step_credit.advantages(
@@ -213,7 +244,17 @@ class GSPOTrainer(GRPOTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         with _config_dropout_off(self.model.config) if self.args.disable_dropout else nullcontext():
-            return super().training_step(*args, **kwargs)
+            loss = super().training_step(*args, **kwargs)
+        if self._clip_range is not None and self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
+            # With the last micro-batch of a rollout batch, and so before a checkpoint at its end.
+            self._clip_range.update(self.accelerator.gather, self._pad_units)
+        return loss
+
+    def _pad_units(self, units: Tensor) -> Tensor:
+        # Ranks have as many sequences, but not as many turns.
+        if self.args.importance_sampling_level != "turn":
+            return units
+        return self.accelerator.pad_across_processes(units, dim=0, pad_index=-1)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple:
         logps, *others = super()._get_per_token_logps_and_entropies(*args, **kwargs)
@@ -252,13 +293,17 @@ class GSPOTrainer(GRPOTrainer):
                 "`importance_sampling_level='sequence'` the ratio spreads an advantage evenly over the tokens, and "
                 "credit for single tokens would be lost. Set it to 'sequence_token' or 'turn'."
             )
+        controller = self._clip_range
+        if controller is not None:
+            self.epsilon_low, self.epsilon_high = controller.epsilon_low, controller.epsilon_high
         self._loss_inputs, self._loss_mask = dict(inputs), mask
         try:
             loss = super()._compute_loss(model, self._loss_inputs)
             logps = self._per_token_logps
         finally:
             self._loss_inputs = self._loss_mask = self._per_token_logps = None
-        self._ratio_statistics["train" if self.model.training else "eval"].update(
+        is_training = self.model.training
+        rows = self._ratio_statistics["train" if is_training else "eval"].update(
             logps,
             inputs.get("old_per_token_logps", logps),
             inputs["advantages"],
@@ -266,7 +311,11 @@ class GSPOTrainer(GRPOTrainer):
             self.epsilon_low,
             self.epsilon_high,
             level,
+            minibatch=self.state.global_step - self._rollout_step if is_training else 0,
+            max_units=self._max_units,
         )
+        if controller is not None and is_training:
+            controller.observe(rows)
         return loss if level == "sequence" else loss.float()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -275,9 +324,31 @@ class GSPOTrainer(GRPOTrainer):
         # The reduction needs all ranks. The Trainer's own logs reach all of them and hold a loss; a user's call of
         # `log` may not.
         if statistics and any(key.endswith("loss") for key in logs):
-            for name, value in statistics.compute(self.accelerator.gather).items():
-                self._metrics[mode][name].append(value)
+            self._log_ratio(mode, statistics.compute(self.accelerator.gather, self._pad_units))
         super().log(logs, start_time)
+
+    def _log_ratio(self, mode: str, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._metrics[mode][name].append(value)
+        if mode == "train" and self._clip_range is not None:
+            self._metrics[mode]["gspo/epsilon_low"].append(self.epsilon_low)
+            self._metrics[mode]["gspo/epsilon_high"].append(self.epsilon_high)
+        message = noise_warning(metrics, self.epsilon_low, self.epsilon_high)
+        if mode == "train" and message is not None and not self._warned_of_noise:
+            logger.warning(message)
+            self._warned_of_noise = True
+        if "wandb" in self.args.report_to and self.accelerator.is_main_process:
+            _log_histogram(mode, self._ratio_statistics[mode].ratios)
+
+
+def _log_histogram(mode: str, ratios: np.ndarray) -> None:
+    import wandb
+
+    ratios = ratios[np.isfinite(ratios)]
+    if wandb.run is not None and len(ratios):
+        # Not committed: the Trainer's own log of this step follows, and carries the step that they share.
+        histogram = wandb.Histogram(np_histogram=np.histogram(ratios, bins=64))
+        wandb.log({f"{mode}/gspo/ratio/histogram": histogram}, commit=False)
 
 
 def _trained_tokens(inputs: dict[str, Any]) -> Tensor:
