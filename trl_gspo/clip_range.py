@@ -19,7 +19,7 @@ from .diagnostics import gather_units
 # Share of the way, in log space, to the range that would have clipped the target share of the last rollout batch, and
 # the most that the range changes in one of them: slow enough that the policy's answer to one change is seen before the
 # next, fast enough to cross three orders of magnitude in some fifteen rollout batches.
-_RATE = 0.5
+_RATE = 0.3
 _MAX_FACTOR = 2.0
 
 
@@ -32,8 +32,8 @@ class ClipRangeController(TrainerCallback, ExportableState):
 
         eps_low*  = 1 - quantile_q(s | A < 0),    eps_high* = quantile_{1-q}(s | A > 0) - 1
 
-    are the widths that would have clipped just so many; the range goes half of the way there in log space, by a factor
-    of 2 at most, within `[epsilon_min, epsilon_max]` and never below the noise floor, the standard deviation of log s
+    are the widths that would have clipped just so many; the range goes three tenths of the way there in log space, by a
+    factor of 2 at most, within `[epsilon_min, epsilon_max]` and never below the noise floor, the standard deviation of log s
     before the first update of the rollout batch.
 
     It is a callback for its state alone: transformers keeps that in `trainer_state.json`, and it comes back on resume.
