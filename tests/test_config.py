@@ -32,6 +32,7 @@ DEFAULTS = {
     "clip_fraction_target": None,
     "clip_epsilon_min": 1e-6,
     "clip_epsilon_max": 0.5,
+    "pack_live_tokens": True,
     "log_expert_change": False,
 }
 # Fields that TRL has not.

@@ -102,6 +102,10 @@ class GSPOConfig(GRPOConfig):
             Least width that `clip_fraction_target` gives either side of the clip range.
         clip_epsilon_max (`float`, *optional*, defaults to `0.5`):
             Largest width that `clip_fraction_target` gives either side of the clip range.
+        pack_live_tokens (`bool`, *optional*, defaults to `True`):
+            Whether only tokens that carry gradient go through the model in the loss step, packed without padding:
+            the same loss and gradient for less. `False` runs it on padding and on sequences with advantage 0 too, as
+            TRL does.
         log_expert_change (`bool`, *optional*, defaults to `False`):
             Whether to log `gspo/expert_change_fraction`: for a mixture of experts, the share of routed experts that
             differ between the old policy and the one in training, on the same tokens.
@@ -186,6 +190,13 @@ class GSPOConfig(GRPOConfig):
     clip_epsilon_max: float = field(
         default=0.5,
         metadata={"help": "Largest width that `clip_fraction_target` gives either side of the clip range."},
+    )
+    pack_live_tokens: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether only tokens that carry gradient go through the model in the loss step, packed without "
+            "padding. False runs it on padding and on sequences with advantage 0 too, as TRL does."
+        },
     )
     log_expert_change: bool = field(
         default=False,

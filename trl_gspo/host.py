@@ -88,8 +88,21 @@ def check_trl() -> None:
 
 check_trl()
 
+import trl.trainer.utils  # noqa: E402 - only after the check, whose message beats an AttributeError
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402 - only after the check, whose message beats an AttributeError
+from trl.models.utils import disable_gradient_checkpointing  # noqa: E402
 from trl.trainer.utils import nanstd  # noqa: E402
 
 
-__all__ = ["SUPPORTED_TRL", "GRPOConfig", "GRPOTrainer", "check_trl", "nanstd"]
+# Since TRL 1.15 a model's forward gives log-probabilities at any place, of labels that are shifted already.
+HAS_FUSED_HEAD = hasattr(trl.trainer.utils, "add_fused_lm_head")
+
+__all__ = [
+    "HAS_FUSED_HEAD",
+    "SUPPORTED_TRL",
+    "GRPOConfig",
+    "GRPOTrainer",
+    "check_trl",
+    "disable_gradient_checkpointing",
+    "nanstd",
+]

@@ -113,7 +113,8 @@ def unit_ids(mask: Tensor, level: str) -> tuple[Tensor, int]:
     return mask.long() - 1, 1
 
 
-def _sum_by_unit(values: Tensor, ids: Tensor, units: int) -> Tensor:
+def sum_by_unit(values: Tensor, ids: Tensor, units: int) -> Tensor:
+    """`(B, U)` sums of `values`, `(B, T)`, over units; tokens that are not trained (`ids` -1) are in none."""
     sums = values.new_zeros(len(ids), units + 1)
     return sums.scatter_add(1, ids + 1, values)[:, 1:]
 
@@ -199,8 +200,8 @@ def exact_dtype(tensor: Tensor) -> torch.dtype:
 
 def _mean_by_unit(values: Tensor, ids: Tensor, units: int) -> Tensor:
     # Fill, do not multiply: padding may hold NaN, and NaN * 0 is NaN.
-    sums = _sum_by_unit(values.masked_fill(ids < 0, 0.0), ids, units)
-    return sums / _sum_by_unit((ids >= 0).to(values.dtype), ids, units).clamp(min=1)
+    sums = sum_by_unit(values.masked_fill(ids < 0, 0.0), ids, units)
+    return sums / sum_by_unit((ids >= 0).to(values.dtype), ids, units).clamp(min=1)
 
 
 def clip_masks(ratio: Tensor, advantages: Tensor, epsilon_low: float, epsilon_high: float) -> tuple[Tensor, Tensor]:
@@ -273,7 +274,7 @@ def clipped_units(
     is_low, is_high = (m & is_trained for m in clip_masks(ratio, advantages, epsilon_low, epsilon_high))
 
     def count(m):
-        return _sum_by_unit(m.long(), ids, units)
+        return sum_by_unit(m.long(), ids, units)
 
     return Units(
         log_ratio=log_ratio,

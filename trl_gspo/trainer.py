@@ -22,8 +22,11 @@ from .clip_range import ClipRangeController
 from .config import GSPOConfig
 from .credit import StepCredit, check_advantages, step_kind
 from .diagnostics import RatioStatistics, noise_warning
-from .host import GRPOConfig, GRPOTrainer, nanstd
-from .objective import token_log_ratio, turn_ids
+from .host import HAS_FUSED_HEAD, GRPOConfig, GRPOTrainer, disable_gradient_checkpointing, nanstd
+from .objective import at_tokens, sum_by_unit, token_log_ratio, turn_ids, unit_ids
+from .packing import Cut, Pack, balance, row_tokens
+from .routing import RoutingRecorder, changed_slots, find_routers
+from .scorer import VISION, Scorer, has_images
 
 
 if TYPE_CHECKING:
@@ -148,6 +151,14 @@ class GSPOTrainer(GRPOTrainer):
         self._ratio_statistics = {"train": RatioStatistics(), "eval": RatioStatistics()}
         self._per_token_logps = self._loss_inputs = self._loss_mask = None
         self._rollout_step, self._max_units, self._warned_of_noise = 0, None, False
+        self._scorer = Scorer(
+            super()._get_per_token_logps_and_entropies,
+            reason=_why_whole(args),
+            is_half=self.accelerator.mixed_precision != "no" or self.model.dtype != torch.float32,
+            routing=RoutingRecorder(find_routers(self.model)) if args.log_expert_change else None,
+        )
+        self._is_new_rollout = self._awaits_old = False
+        self._experts = self._mean_entropy = None
         if args.clip_fraction_target is not None:
             self.add_callback(
                 ClipRangeController(
@@ -182,7 +193,12 @@ class GSPOTrainer(GRPOTrainer):
         return outcomes
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._find_way()
+        self._awaits_old, self._experts = self._has_old_logps, None
         output = super()._generate_and_score_completions(inputs)
+        self._is_new_rollout = True
+        if self._experts is not None:
+            output["old_experts"] = self._experts
         mask = _trained_tokens(output)
         mode = "train" if self.model.training else "eval"
         if mode == "train":
@@ -256,16 +272,142 @@ class GSPOTrainer(GRPOTrainer):
             return units
         return self.accelerator.pad_across_processes(units, dim=0, pad_index=-1)
 
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple:
-        logps, *others = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        # TRL 1.14 returns the model's dtype, and in bfloat16 the ratio would round to 1.
-        logps = logps.to(torch.promote_types(logps.dtype, torch.float32))
+    @property
+    def _has_old_logps(self) -> bool:
+        """Whether TRL scores a rollout with the weights that sampled it: where one is trained on in several steps."""
+        generate_every = self.args.steps_per_generation * self.num_iterations
+        is_corrected = self.use_vllm and self.args.vllm_importance_sampling_correction
+        return self.args.gradient_accumulation_steps % generate_every != 0 or is_corrected
+
+    def _find_way(self) -> None:
+        if self._scorer.way is None:
+            self._scorer.prove(self.model)
+            way = {
+                "packed": "only live tokens go through the model, packed without padding",
+                "cut": "rows are not packed, and padding is cut in each micro-batch",
+                "whole": "all tokens go through the model, padding and dead sequences too",
+            }[self._scorer.way]
+            log = logger.info if self._scorer.way == "packed" else logger.warning
+            log(f"Loss step: {way} ({self._scorer.reason}).")
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._is_new_rollout and self._scorer.way != "whole":
+            if self.model.training:
+                self._buffered_inputs = self._balanced(self._buffered_inputs)
+                self._lay_out(self._buffered_inputs)
+                inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
+            else:
+                self._lay_out([inputs])
+        self._is_new_rollout = False
+        return inputs
+
+    def _balanced(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Moves rows between the micro-batches of an optimizer step, so that each has about as many tokens."""
+        steps = self.args.gradient_accumulation_steps
+        if steps == 1 or len(batches) % steps or has_images(batches[0]):
+            return batches
+        size, balanced = len(batches[0]["completion_ids"]), []
+        for first in range(0, len(batches), steps):
+            window = batches[first : first + steps]
+            by_row = [name for name, value in window[0].items() if torch.is_tensor(value) and value.dim()]
+            rows = {name: torch.cat([batch[name] for batch in window]) for name in by_row}
+            order = balance(row_tokens(_attention_mask(rows).cpu(), self._wanted(rows).cpu()), steps)
+            for start in range(0, len(order), size):
+                part = {name: value[order[start : start + size]] for name, value in rows.items()}
+                balanced.append(window[0] | part)
+        return balanced
+
+    @torch.no_grad()
+    def _lay_out(self, batches: list[dict[str, Any]]) -> None:
+        """
+        Decides what of each micro-batch goes through the model, and scores just that under the policy that sampled.
+
+        TRL scores a whole rollout batch, before there are advantages. Here the same tokens in the same order give the
+        old log-probabilities and, before the first update, the new ones: in half precision, another shape of the
+        batch alone moves the ratio past the clip range.
+        """
+        entropies = []
+        for batch in batches:
+            batch["layout"] = layout = self._layout(batch)
+            if not self._has_old_logps:
+                continue
+            with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+                logps, entropy, _, experts = self._scorer(
+                    self.model,
+                    _input_ids(batch),
+                    _attention_mask(batch),
+                    batch["completion_ids"].size(1),
+                    layout,
+                    compute_entropy=True,
+                    records=self.args.log_expert_change and self.model.training,
+                    **_image_arguments(batch),
+                )
+            batch["old_per_token_logps"] = _at_least_float32(logps)
+            if experts is not None:
+                batch["old_experts"] = experts
+            if layout is not None and not layout.is_stub:
+                entropies.append(entropy.mean())
+        if entropies:
+            self._mean_entropy = torch.stack(entropies).mean()
+
+    def _layout(self, inputs: dict[str, Any]) -> Pack | Cut | None:
+        if self._scorer.way == "whole":
+            return None
+        needs_all = getattr(self, "aux_loss_enabled", False)
+        wanted = inputs["completion_mask"].bool() if needs_all else self._wanted(inputs)
+        return self._scorer.layout(_attention_mask(inputs), wanted, has_images(inputs), needs_all)
+
+    def _wanted(self, inputs: dict[str, Any]) -> Tensor:
+        """`(B, T)`, bool: tokens whose log-probability the loss needs."""
+        of_every_row = self.beta != 0.0 or self.top_entropy_quantile < 1.0
+        if of_every_row or getattr(self, "_entropy_bonus_enabled", False):
+            return _trained_tokens(inputs).bool()
+        # The off-policy mask is of whole sequences.
+        is_masked = self.off_policy_mask_threshold is not None
+        return _live_tokens(inputs, "sequence" if is_masked else self.args.importance_sampling_level)
+
+    def _get_per_token_logps_and_entropies(
+        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, **kwargs: Any
+    ) -> tuple:
         if self._loss_inputs is not None:
-            # The parent does not hand its log-probabilities out, and reads the old ones after it has these.
-            self._per_token_logps = logps.detach()
-            if self.args.importance_sampling_level != "sequence":
-                logps = self._as_gspo_token(logps)
-        return logps, *others
+            return self._score_for_loss(model, input_ids, attention_mask, logits_to_keep, **kwargs)
+        is_old, self._awaits_old = self._awaits_old, False
+        is_whole = self._scorer.way == "whole"
+        is_corrected = self.use_vllm and self.args.vllm_importance_sampling_correction
+        if is_old and not is_whole and not is_corrected:  # `_lay_out` scores it
+            return torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device), None, None
+        is_packed = self._scorer.way == "packed" and not has_images(kwargs)
+        # TRL's chunks, and so as many forwards on each rank. Rows that are not packed it takes apart itself.
+        size = kwargs.pop("batch_size", None) if is_packed else None
+        records = is_old and is_whole and self.args.log_expert_change and self.model.training
+        logps = []
+        for rows in torch.arange(len(input_ids)).split(size or len(input_ids)):
+            mask = attention_mask[rows]
+            layout = self._scorer.layout(mask, mask[:, -logits_to_keep:], has_images(kwargs), not is_packed)
+            scored = self._scorer(model, input_ids[rows], mask, logits_to_keep, layout, records=records, **kwargs)
+            logps.append(scored[0])
+        if records:
+            self._experts = scored[-1]
+        return _at_least_float32(torch.cat(logps)), None, None
+
+    def _score_for_loss(self, model: nn.Module, *arguments: Any, **kwargs: Any) -> tuple:
+        inputs = self._loss_inputs
+        logps, entropies, aux_loss, self._experts = self._scorer(
+            model,
+            *arguments,
+            inputs["layout"],
+            logps=inputs.get("old_per_token_logps"),
+            entropy=self._mean_entropy,
+            records="old_experts" in inputs,
+            **kwargs,
+        )
+        logps = _at_least_float32(logps)
+        # The parent does not hand its log-probabilities out, and reads the old ones after it has these.
+        self._per_token_logps = logps.detach()
+        if self.args.importance_sampling_level != "sequence":
+            logps = self._as_gspo_token(logps)
+        return logps, entropies, aux_loss
 
     def _as_gspo_token(self, logps: Tensor) -> Tensor:
         """
@@ -296,12 +438,20 @@ class GSPOTrainer(GRPOTrainer):
         controller = self._clip_range
         if controller is not None:
             self.epsilon_low, self.epsilon_high = controller.epsilon_low, controller.epsilon_high
+        self._find_way()
         self._loss_inputs, self._loss_mask = dict(inputs), mask
+        if "layout" not in inputs:
+            self._loss_inputs["layout"] = self._layout(inputs)
         try:
             loss = super()._compute_loss(model, self._loss_inputs)
             logps = self._per_token_logps
         finally:
             self._loss_inputs = self._loss_mask = self._per_token_logps = None
+        expert_changes = None
+        if "old_experts" in inputs:
+            is_compared = _live_tokens(inputs, level)
+            expert_changes = torch.stack(changed_slots(self._experts, inputs["old_experts"], is_compared))
+        self._experts = None
         is_training = self.model.training
         rows = self._ratio_statistics["train" if is_training else "eval"].update(
             logps,
@@ -313,6 +463,7 @@ class GSPOTrainer(GRPOTrainer):
             level,
             minibatch=self.state.global_step - self._rollout_step if is_training else 0,
             max_units=self._max_units,
+            expert_changes=expert_changes,
         )
         if controller is not None and is_training:
             controller.observe(rows)
@@ -355,6 +506,43 @@ def _trained_tokens(inputs: dict[str, Any]) -> Tensor:
     """`(B, T)`, 1 on the tokens that the model wrote and trains on: not on padding, nor on tools' answers."""
     mask = inputs["completion_mask"]
     return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
+
+
+def _live_tokens(inputs: dict[str, Any], level: str) -> Tensor:
+    """`(B, T)`, bool: the trained tokens of live units."""
+    mask, advantages = _trained_tokens(inputs).bool(), inputs["advantages"]
+    has_gradient = (advantages.unsqueeze(1) if advantages.dim() == 1 else advantages) != 0
+    ids, units = unit_ids(mask, level)
+    return at_tokens(sum_by_unit((has_gradient & mask).long(), ids, units), ids) > 0
+
+
+def _input_ids(inputs: dict[str, Any]) -> Tensor:
+    return torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+
+
+def _attention_mask(inputs: dict[str, Any]) -> Tensor:
+    return torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+
+
+def _image_arguments(inputs: dict[str, Any]) -> dict[str, Any]:
+    names = (*VISION, "num_images", "num_tiles", "spatial_shapes")
+    return {name: inputs[name] for name in names if inputs.get(name) is not None}
+
+
+def _at_least_float32(logps: Tensor) -> Tensor:
+    # TRL 1.14 returns the model's dtype, and in bfloat16 the ratio would round to 1.
+    return logps.to(torch.promote_types(logps.dtype, torch.float32))
+
+
+def _why_whole(args: GSPOConfig) -> str | None:
+    """Why all tokens have to go through the model, if something says so before it is asked."""
+    if not args.pack_live_tokens:
+        return "`pack_live_tokens=False`"
+    if not HAS_FUSED_HEAD:
+        return "TRL 1.15 is the first whose head takes packed rows"
+    if args.torch_compile:
+        return "`torch_compile=True` would compile anew for each length"
+    return None
 
 
 def _check_rollout_batch(args: GSPOConfig, train_dataset: Dataset | IterableDataset | None) -> None:

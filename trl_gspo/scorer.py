@@ -1,0 +1,235 @@
+"""
+The log-probabilities of the tokens that are wanted, by a model that runs on no others.
+
+TRL's own scoring runs the model on every row of a micro-batch, padded to the longest of the rollout batch. [`Scorer`]
+hands it less: live tokens alone, packed without padding, where that is proven to give the same; else rows and columns
+that hold some. B sequences, S columns of prompt and completion, T of them the completion.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import packed_arguments
+from .packing import Cut, Pack, cut, pack
+from .routing import RoutingRecorder
+
+
+# What TRL hands on of images. The first two are by token, and cut with the columns.
+_BY_TOKEN = ("token_type_ids", "mm_token_type_ids")
+VISION = ("pixel_values", "image_grid_thw", "pixel_attention_mask", "image_sizes", "image_position_ids", *_BY_TOKEN)
+
+# What two ways to the same log-probability may differ by, in nats: at most in float32, where they do by 1e-6; on
+# average in half precision, where they do by up to 0.05. Packed rows that see one another differ by far more, and in
+# half precision packed rows may differ by a tenth of that.
+_EXACT = 1e-4
+_HALF = 0.1
+_LEAK_SHARE = 0.1
+
+
+class Scorer:
+    """
+    Scores with as few tokens through the model as give the same.
+
+    Args:
+        score (`Callable`): TRL's `GRPOTrainer._get_per_token_logps_and_entropies`, bound.
+        reason (`str`, *optional*): why all tokens go through the model, if they have to.
+        is_half (`bool`, *optional*, defaults to `False`): whether the model computes in half precision.
+        routing (`RoutingRecorder`, *optional*): records the experts that tokens are routed to.
+
+    Attributes:
+        way (`str` or `None`): `"packed"`, `"cut"` (padding is cut in each micro-batch) or `"whole"`; `None` until
+            [`Scorer.prove`].
+        reason (`str`): why that way, in a few words.
+    """
+
+    def __init__(
+        self,
+        score: Callable,
+        reason: str | None = None,
+        is_half: bool = False,
+        routing: RoutingRecorder | None = None,
+    ):
+        self._score = score
+        self.way = None if reason is None else "whole"
+        self.reason = reason
+        self._is_half = is_half
+        self._routing = routing
+
+    @torch.no_grad()
+    def prove(self, model: nn.Module) -> None:
+        """
+        Finds the way for `model`: scores two short rows as TRL lays them out, packed, and cut, and compares.
+
+        The rows have different lengths, with padding on both sides of both; where the model has a window or chunks of
+        attention, one of them is longer. All ranks must call it together.
+        """
+        config = model.config.get_text_config()
+        with _evaluating(model):
+            windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+            longest = max([8, *(window + 4 for window in windows if window and window <= 8192)])
+            input_ids, attention_mask = _two_rows(longest, config.vocab_size, next(model.parameters()).device)
+            size = attention_mask.size(1) - 6
+            wanted = attention_mask[:, -size:].bool()
+            expected = self._score(model, input_ids, attention_mask, size)[0]
+
+            def difference(layout: Pack | Cut, **arguments: Any) -> tuple[float, float]:
+                logps, *_ = self(model, input_ids, attention_mask, size, layout, **arguments)
+                distance = (logps - expected)[wanted].abs().float()
+                return distance.max().item(), distance.mean().item()
+
+            try:
+                layout = pack(attention_mask.cpu(), wanted.cpu()).to(input_ids.device)
+                packed, leak = difference(layout), difference(layout, is_apart=False)
+                if packed[0] <= _EXACT or (self._is_half and packed[1] <= _LEAK_SHARE * leak[1]):
+                    self.way, self.reason = "packed", f"rows packed and alone differ by {packed[0]:.1g} nats at most"
+                    return
+                reason = f"packed rows are not kept apart, and differ from rows alone by {packed[0]:.1g} nats"
+            except Exception as error:  # whatever a model says that cannot take packed rows
+                reason = f"packed rows fail with {_in_one_line(error)}"
+            found = difference(cut(attention_mask.cpu(), wanted.cpu()))
+            if found[0] <= _EXACT or (self._is_half and found[1] <= _HALF):
+                self.way, self.reason = "cut", reason
+            else:
+                self.way = "whole"
+                self.reason = f"{reason}; without their padding rows differ by {found[0]:.1g} nats"
+
+    def layout(
+        self, attention_mask: Tensor, is_wanted: Tensor, has_images: bool = False, needs_all: bool = False
+    ) -> Pack | Cut | None:
+        """
+        What of a micro-batch goes through the model; `None` for all of it.
+
+        Args:
+            attention_mask (`Tensor`): `(B, S)`.
+            is_wanted (`Tensor`): `(B, T)`, true on completion tokens whose log-probability is wanted.
+            has_images (`bool`, *optional*, defaults to `False`): whether rows have images, which are not packed.
+            needs_all (`bool`, *optional*, defaults to `False`): whether the loss is of all tokens, as that of routers.
+        """
+        if self.way == "whole":
+            return None
+        device, attention_mask, is_wanted = attention_mask.device, attention_mask.cpu(), is_wanted.cpu()
+        if self.way == "packed" and not (has_images or needs_all):
+            packed = pack(attention_mask, is_wanted)
+            return packed if packed is None else packed.to(device)
+        return cut(attention_mask, is_wanted, keeps_rows=has_images or needs_all)
+
+    def __call__(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        layout: Pack | Cut | None,
+        logps: Tensor | None = None,
+        entropy: Tensor | None = None,
+        records: bool = False,
+        is_apart: bool = True,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """
+        Log-probabilities and entropies, `(B, T)`, where they are wanted, with gradient.
+
+        Args:
+            model, input_ids, attention_mask, logits_to_keep, **kwargs: as TRL's.
+            layout ([`Pack`], [`Cut`] or `None`): what goes through the model, of [`Scorer.layout`].
+            logps (`Tensor`, *optional*): `(B, T)`, what stands where nothing was scored; 0 if not given.
+            entropy (`Tensor`, *optional*): scalar, entropy of a token where none was scored in this micro-batch;
+                where some were, their mean stands for the others.
+            records (`bool`, *optional*, defaults to `False`): whether to record experts.
+            is_apart (`bool`, *optional*, defaults to `True`): whether packed rows are kept apart.
+
+        Returns:
+            `tuple`: log-probabilities; entropies and auxiliary loss as TRL's, `None` where not asked for; and the
+            experts that predicted each token, `(B, T, L, K)`, if they are recorded.
+        """
+        if not records:
+            routing, experts_of = nullcontext(), lambda tokens: None
+        else:
+            routing, experts_of = self._routing, lambda tokens: self._routing.experts(*tokens.shape)
+        if layout is None:
+            with routing:
+                scored = self._score(model, input_ids, attention_mask, logits_to_keep, **kwargs)
+            experts = experts_of(input_ids)
+            return *scored, experts if experts is None else experts[:, -logits_to_keep - 1 : -1]
+
+        if logps is None:
+            logps = torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device)
+        if isinstance(layout, Pack):
+            tokens = layout.input_ids(input_ids)
+            forward = _packed(model, layout, layout.next_tokens(input_ids), is_apart)
+            mask, size = torch.ones_like(tokens), tokens.size(1)
+        else:
+            rows, columns = layout.rows, slice(layout.first, layout.end)
+            forward, tokens, mask = model, input_ids[rows][:, columns], attention_mask[rows][:, columns]
+            size = layout.end - input_ids.size(1) + logits_to_keep
+            if layout.is_stub:
+                mask = torch.ones_like(mask)
+            kwargs |= {name: kwargs[name][:, columns] for name in _BY_TOKEN if kwargs.get(name) is not None}
+        with routing:
+            values, entropies, aux_loss = self._score(forward, tokens, mask, size, **kwargs)
+        experts = experts_of(tokens)
+        if experts is not None:
+            # A packed token stands where it predicts the next; in TRL's rows, one before.
+            experts = experts if isinstance(layout, Pack) else experts[:, -size - 1 : -1]
+            experts = layout.scatter(experts, experts.new_zeros(*logps.shape, *experts.shape[2:]))
+        if entropies is not None:
+            scored = layout.scored(entropies.detach(), mask)
+            if scored.numel():
+                entropy = scored.mean()
+            elif entropy is None:
+                entropy = scored.new_zeros(())
+            entropies = layout.scatter(entropies, entropy.expand(logps.shape))
+        return layout.scatter(values, logps), entropies, aux_loss, experts
+
+
+def _packed(model: nn.Module, layout: Pack, next_tokens: Tensor, is_apart: bool) -> Callable:
+    """`model`, which takes TRL's call for packed rows."""
+    arguments = {"position_ids": layout.positions}
+    if layout.is_packed and is_apart:
+        arguments |= packed_arguments(_implementation(model), layout.lengths, next_tokens.device)
+    elif layout.is_packed:
+        arguments["position_ids"] = torch.arange(next_tokens.size(1), device=next_tokens.device).unsqueeze(0)
+
+    def forward(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **kwargs: Any) -> Any:
+        return model(input_ids=input_ids, shift_labels=next_tokens, **arguments, **kwargs)
+
+    return forward
+
+
+def has_images(arguments: dict[str, Any]) -> bool:
+    """Whether TRL's arguments of scoring, or its inputs of the loss, hold something of images."""
+    return any(arguments.get(name) is not None for name in VISION)
+
+
+def _implementation(model: nn.Module) -> str:
+    while not hasattr(model, "config"):
+        model = model.module
+    return model.config.get_text_config()._attn_implementation
+
+
+def _two_rows(longest: int, vocabulary: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Prompts of 3 and 4 tokens in 6 columns, completions of 5 and `longest` in two more than that."""
+    attention_mask = torch.zeros(2, 6 + longest + 2, dtype=torch.long, device=device)
+    attention_mask[0, 3 : 6 + 5] = attention_mask[1, 2 : 6 + longest] = 1
+    # From the middle of the vocabulary, where no model has its special tokens.
+    tokens = torch.arange(attention_mask.numel(), device=device).view(attention_mask.shape)
+    return vocabulary // 3 + tokens * 7 % max(vocabulary // 3, 1), attention_mask
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
