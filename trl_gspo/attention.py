@@ -9,24 +9,39 @@ arguments, so that gradient checkpointing, which runs a layer again in the backw
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 # Layers get the lengths under this name. Python integers: nothing is read back from the device.
 ROW_LENGTHS = "packed_row_lengths"
 
-# Stands where a mask would be made for the packed length: transformers hands a mask of four dimensions on as it is.
-_NO_MASK_SHAPE = (1, 1, 1, 1)
+_makes_no_mask = ContextVar("makes_no_mask", default=False)
+
+
+@contextmanager
+def without_mask() -> Iterator[None]:
+    """
+    No mask is made for the whole packed row. Around a model's forward: masks are made there once, not in the layers,
+    and so not when gradient checkpointing runs those again.
+    """
+    token = _makes_no_mask.set(True)
+    try:
+        yield
+    finally:
+        _makes_no_mask.reset(token)
 
 
 def packed_arguments(implementation: str, lengths: tuple[int, ...], device: torch.device) -> dict[str, Any]:
     """
-    What a model needs beside tokens and positions to keep packed rows apart.
+    What a model needs beside tokens and positions to keep packed rows apart, in a forward under [`without_mask`].
 
     Args:
         implementation (`str`): `config._attn_implementation` of the model.
@@ -38,7 +53,7 @@ def packed_arguments(implementation: str, lengths: tuple[int, ...], device: torc
     """
     if implementation in ("sdpa", "eager"):
         _register(implementation)
-        return {ROW_LENGTHS: lengths, "attention_mask": torch.ones(_NO_MASK_SHAPE, device=device)}
+        return {ROW_LENGTHS: lengths}
     if implementation == "flex_attention":
         return {}  # its block mask is made from the jumps of the positions, and costs the blocks that hold something
     if implementation in ("flash_attention_2", "flash_attention_3"):
@@ -58,6 +73,13 @@ def _register(implementation: str) -> None:
     # and a call without the lengths goes to the function of before.
     before = ALL_ATTENTION_FUNCTIONS.get(implementation)
     ALL_ATTENTION_FUNCTIONS[implementation] = row_wise(before)
+    make_mask = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
+
+    @functools.wraps(make_mask)
+    def make_mask_or_none(*args: Any, **kwargs: Any) -> Tensor | None:
+        return None if _makes_no_mask.get() else make_mask(*args, **kwargs)
+
+    ALL_MASK_ATTENTION_FUNCTIONS[implementation] = make_mask_or_none
 
 
 def row_wise(attention: Callable | None) -> Callable:

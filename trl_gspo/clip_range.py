@@ -32,9 +32,9 @@ class ClipRangeController(TrainerCallback, ExportableState):
 
         eps_low*  = 1 - quantile_q(s | A < 0),    eps_high* = quantile_{1-q}(s | A > 0) - 1
 
-    are the widths that would have clipped just so many; the range goes three tenths of the way there in log space, by a
-    factor of 2 at most, within `[epsilon_min, epsilon_max]` and never below the noise floor, the standard deviation of log s
-    before the first update of the rollout batch.
+    are the widths that would have clipped just so many; the range goes three tenths of the way there in log space, by
+    a factor of 2 at most, within `[epsilon_min, epsilon_max]` and never below the noise floor, the standard deviation
+    of log s before the first update of the rollout batch.
 
     It is a callback for its state alone: transformers keeps that in `trainer_state.json`, and it comes back on resume.
 

@@ -77,7 +77,7 @@ class Pack(NamedTuple):
         return base.flatten(0, 1).index_copy(0, self.targets, wanted).view(base.shape)
 
 
-def pack(attention_mask: Tensor, is_wanted: Tensor) -> Pack | None:
+def pack(attention_mask: Tensor, is_wanted: Tensor, keeps_all: bool = False) -> Pack | None:
     """
     Packs what the log-probabilities of the wanted tokens depend on: of each row with a wanted token all tokens before
     the last wanted one.
@@ -85,19 +85,21 @@ def pack(attention_mask: Tensor, is_wanted: Tensor) -> Pack | None:
     Args:
         attention_mask (`Tensor`): `(B, S)`, true on tokens, false on padding; on the CPU.
         is_wanted (`Tensor`): `(B, T)`, true on completion tokens whose log-probability is wanted; on the CPU.
+        keeps_all (`bool`, *optional*, defaults to `False`): leaves out nothing but padding, because something else
+            needs the tokens.
 
     Returns:
         [`Pack`], on the CPU; `None` if a wanted token has no token before it (an empty prompt).
     """
-    wanted, is_kept = is_wanted.bool().numpy(), _kept(attention_mask, is_wanted)
+    wanted = is_wanted.bool().numpy()
+    is_kept = attention_mask.bool().numpy() if keeps_all else _kept(attention_mask, is_wanted)
     rows, columns = is_kept.shape
     prompt = columns - wanted.shape[1]
-    has_wanted = wanted.any(1)
-    if not has_wanted.any():
+    tokens, lengths = np.flatnonzero(is_kept), is_kept.sum(1)
+    lengths = lengths[lengths > 0]
+    if not len(tokens):
         stub = torch.arange(2)
         return Pack(stub, stub.unsqueeze(0), (2,), stub[:0], stub[:0], True)
-    tokens = np.flatnonzero(is_kept)
-    lengths = is_kept.sum(1)[has_wanted]
 
     row, column = np.nonzero(wanted)
     before = row * columns + prompt + column - 1

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import packed_arguments
+from .attention import packed_arguments, without_mask
 from .packing import Cut, Pack, cut, pack
 from .routing import RoutingRecorder
 
@@ -112,8 +112,8 @@ class Scorer:
         if self.way == "whole":
             return None
         device, attention_mask, is_wanted = attention_mask.device, attention_mask.cpu(), is_wanted.cpu()
-        if self.way == "packed" and not (has_images or needs_all):
-            packed = pack(attention_mask, is_wanted)
+        if self.way == "packed" and not has_images:
+            packed = pack(attention_mask, is_wanted, keeps_all=needs_all)
             return packed if packed is None else packed.to(device)
         return cut(attention_mask, is_wanted, keeps_rows=has_images or needs_all)
 
@@ -195,7 +195,8 @@ def _packed(model: nn.Module, layout: Pack, next_tokens: Tensor, is_apart: bool)
         arguments["position_ids"] = torch.arange(next_tokens.size(1), device=next_tokens.device).unsqueeze(0)
 
     def forward(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **kwargs: Any) -> Any:
-        return model(input_ids=input_ids, shift_labels=next_tokens, **arguments, **kwargs)
+        with without_mask() if layout.is_packed and is_apart else nullcontext():
+            return model(input_ids=input_ids, shift_labels=next_tokens, **arguments, **kwargs)
 
     return forward
 

@@ -354,14 +354,13 @@ class GSPOTrainer(GRPOTrainer):
     def _layout(self, inputs: dict[str, Any]) -> Pack | Cut | None:
         if self._scorer.way == "whole":
             return None
-        needs_all = getattr(self, "aux_loss_enabled", False)
-        wanted = inputs["completion_mask"].bool() if needs_all else self._wanted(inputs)
-        return self._scorer.layout(_attention_mask(inputs), wanted, has_images(inputs), needs_all)
+        needs_all = self.aux_loss_enabled  # the loss of the routers is of all tokens
+        return self._scorer.layout(_attention_mask(inputs), self._wanted(inputs), has_images(inputs), needs_all)
 
     def _wanted(self, inputs: dict[str, Any]) -> Tensor:
-        """`(B, T)`, bool: tokens whose log-probability the loss needs."""
+        """`(B, T)`, bool: tokens whose log-probability or entropy the loss needs."""
         of_every_row = self.beta != 0.0 or self.top_entropy_quantile < 1.0
-        if of_every_row or getattr(self, "_entropy_bonus_enabled", False):
+        if of_every_row or self._entropy_bonus_enabled or self.aux_loss_enabled:
             return _trained_tokens(inputs).bool()
         # The off-policy mask is of whole sequences.
         is_masked = self.off_policy_mask_threshold is not None
