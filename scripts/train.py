@@ -9,10 +9,15 @@ Any field of the script's own arguments (below), of `GSPOConfig` and of TRL's `M
 and on the command line, where it wins. Ctrl-C and SIGTERM save a checkpoint at the end of the step; `--resume` goes on
 from it.
 
-Exit codes of this script: 0 done; 2 bad input, named in one line; 130 stopped by Ctrl-C, 143 by SIGTERM, both with a
-checkpoint. Launchers have exit codes of their own, and torchrun, which `accelerate launch` uses for several processes,
-kills the workers 30 seconds after it was told to stop. Where a step takes longer than that, signal a worker instead:
-all of them stop together.
+The health watch (`trl_gspo.health`) warns of what goes wrong, and stops a run that is past saving. Nothing is saved
+after the damage: the output says which checkpoint is the last good one, and how to go on from it. `--health_watch
+false` turns it off; its bounds are the options `health_...`.
+
+Exit codes of this script: 0 done; 2 bad input, named in one line; 3 stopped by the health watch, or ended by weights
+that are not finite; 4 a reward function raised; 130 stopped by Ctrl-C, 143 by SIGTERM, both with a checkpoint; 1 any
+other error. Launchers have exit codes of their own (1 for all of ours but 0), and torchrun, which `accelerate launch`
+uses for several processes, kills the workers 30 seconds after it was told to stop. Where a step takes longer than
+that, signal a worker instead: all of them stop together.
 """
 
 import difflib
@@ -23,16 +28,19 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from transformers import ProgressCallback
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import ProgressCallback, TrainerCallback
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_gspo import GSPOConfig, GSPOTrainer
 from trl_gspo.callbacks import RewardProgressCallback, StopOnSignalCallback
+from trl_gspo.health import HealthBounds, HealthWatchCallback, alarms_of, non_finite_weight, reward_that_raised
 from trl_gspo.rewards import check_columns, load_reward
 from trl_gspo.tasks import load_rows, to_prompts
 
@@ -73,6 +81,8 @@ class ScriptArguments:
             Whether to go on from the last checkpoint in `output_dir`; without one the run starts from the beginning.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
             Whether to start anew in an `output_dir` that holds checkpoints, and delete those.
+        health_watch (`bool`, *optional*, defaults to `True`):
+            Whether to warn of what goes wrong, and to stop a run that is past saving, by the bounds `health_...`.
     """
 
     dataset_name: str | None = field(
@@ -112,6 +122,10 @@ class ScriptArguments:
         default=False,
         metadata={"help": "Whether to start anew in an `output_dir` that holds checkpoints, and delete those."},
     )
+    health_watch: bool = field(
+        default=True,
+        metadata={"help": "Whether to warn of what goes wrong, and to stop a run that is past saving."},
+    )
 
     def __post_init__(self):
         if isinstance(self.reward_kwargs, str):
@@ -129,7 +143,7 @@ class Parser(TrlParser):
     """TRL's parser, which also names the nearest known option for an unknown one, and checks the types in the YAML."""
 
     def __init__(self):
-        super().__init__((ScriptArguments, GSPOConfig, ModelConfig), allow_abbrev=False)
+        super().__init__((ScriptArguments, GSPOConfig, ModelConfig, HealthBounds), allow_abbrev=False)
 
     def parse_known_args(self, args=None, namespace=None):
         namespace, unknown = super().parse_known_args(args, namespace)
@@ -171,12 +185,12 @@ class Parser(TrlParser):
         return " ".join(messages)
 
 
-def parse(argv: list[str]) -> tuple[ScriptArguments, GSPOConfig, ModelConfig]:
+def parse(argv: list[str]) -> tuple[ScriptArguments, GSPOConfig, ModelConfig, HealthBounds]:
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    script_args, training_args, model_args = Parser().parse_args_and_config(argv)
+    script_args, training_args, model_args, bounds = Parser().parse_args_and_config(argv)
     if model_args.model_name_or_path is None:
         raise ValueError("`model_name_or_path` is not set: give a folder or a hub id.")
-    return script_args, training_args, model_args
+    return script_args, training_args, model_args, bounds
 
 
 def find_checkpoint(script_args: ScriptArguments, training_args: GSPOConfig) -> str | None:
@@ -193,11 +207,20 @@ def find_checkpoint(script_args: ScriptArguments, training_args: GSPOConfig) -> 
         raise NotADirectoryError(f"`output_dir={output_dir}` is a file.")
     checkpoints = list_checkpoints(output_dir)
     if script_args.resume:
-        for checkpoint in checkpoints:
-            # The Trainer writes this file last: without it the writing of the checkpoint was cut off.
-            if (checkpoint / "trainer_state.json").is_file():
-                return str(checkpoint)
-            print(f"{checkpoint} is incomplete and passed over.")
+        good = last_good(checkpoints)
+        for checkpoint in checkpoints[: checkpoints.index(good) if good else None]:
+            alarms = ", ".join(alarms_of(checkpoint))
+            note = f"was saved near an alarm ({alarms})" if alarms else "is incomplete"
+            print(f"{checkpoint} {note} and passed over.")
+        if good is not None:
+            return str(good)
+        suspects = [checkpoint for checkpoint in checkpoints if is_complete(checkpoint)]
+        if suspects:
+            raise FileNotFoundError(
+                f"`output_dir={output_dir}` holds no checkpoint from before the alarm. Go on from the oldest with "
+                f"--resume_from_checkpoint {suspects[-1]} instead of --resume, or start anew with "
+                "--overwrite_output_dir, which deletes the checkpoints there."
+            )
         print(f"No checkpoint in {output_dir}: the run starts from the beginning.")
     elif checkpoints and not script_args.overwrite_output_dir:
         raise FileExistsError(
@@ -211,6 +234,56 @@ def list_checkpoints(output_dir: str) -> list[Path]:
     """The checkpoint folders of a run, newest first."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
     return sorted(found, key=lambda path: int(path.name.split("-")[-1]), reverse=True)
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether the Trainer finished writing a checkpoint: this file is its last."""
+    return (checkpoint / "trainer_state.json").is_file()
+
+
+def last_good(checkpoints: list[Path]) -> Path | None:
+    """The first complete one that the health watch has not marked."""
+    return next((path for path in checkpoints if is_complete(path) and not alarms_of(path)), None)
+
+
+def resume_command(argv: list[str], training_args: GSPOConfig, checkpoint: Path | None = None) -> str:
+    """The command that goes on from `checkpoint`, by default the last good one, of the run that `argv` started."""
+    words = ["accelerate", "launch", sys.argv[0], *argv]
+    if checkpoint is not None or training_args.resume_from_checkpoint is not None:
+        # Of two the last wins; `true` means the same as `--resume`.
+        return shlex.join([*words, "--resume_from_checkpoint", str(checkpoint or "true")])
+    return shlex.join(words if "--resume" in argv else [*words, "--resume"])
+
+
+def advise(argv: list[str], training_args: GSPOConfig) -> str:
+    """What to do after a run that broke."""
+    checkpoints = [path for path in list_checkpoints(training_args.output_dir) if is_complete(path)]
+    good = last_good(checkpoints)
+    if good is not None:
+        command = resume_command(argv, training_args)
+        return f"The last good checkpoint is {good}. Once the cause is mended, go on from it with: {command}"
+    if not checkpoints:
+        return "No checkpoint was saved before it. Once the cause is mended, start anew."
+    oldest = checkpoints[-1]
+    return (
+        f"No checkpoint was saved long enough before it to be trusted. Once the cause is mended, start anew, or try "
+        f"{oldest}, which may be damaged: {resume_command(argv, training_args, oldest)}"
+    )
+
+
+def explain(error: Exception, trainer: GSPOTrainer, rewards: list) -> tuple[int, str]:
+    """Exit code and cause of an error that ended the training; 1 and no cause where it is none that we know."""
+    culprit = reward_that_raised(error, rewards)
+    if culprit is not None:
+        return 4, f"{culprit} raised {type(error).__name__}: {error}".rstrip(".") + "."
+    if "CUDA error" in str(error):  # nothing on the GPU can be read any more
+        return 1, "the GPU reported an error. While sampling, a device-side assert means that the weights hold NaN."
+    weight = non_finite_weight(trainer.model)
+    if weight is None:
+        return 1, ""
+    logged = [entry["step"] for entry in trainer.state.log_history if "loss" in entry]
+    since = f"since the last log, at step {logged[-1]}" if logged else "since before the first log"
+    return 3, f"the weights hold NaN or infinity ({weight}), {since}. Likely cause: too high a learning rate."
 
 
 def is_finished(checkpoint: str, training_args: GSPOConfig) -> bool:
@@ -276,7 +349,26 @@ def summarize(log_history: list[dict], rollout_steps: int, **facts) -> dict:
     return summary
 
 
-def make_trainer(training_args, model_args, rewards, train_dataset, eval_dataset, stop) -> GSPOTrainer:
+class ResumedLearningRateCallback(TrainerCallback):
+    """Lets a resumed run take the learning rate that is asked for: a checkpoint's scheduler brings back its own."""
+
+    def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs):
+        scheduler = getattr(lr_scheduler, "scheduler", lr_scheduler)  # accelerate wraps it
+        if state.global_step == 0 or not isinstance(scheduler, LambdaLR):
+            return
+        before = scheduler.base_lrs
+        if set(before) == {args.learning_rate} or len(set(before)) > 1:
+            return
+        scheduler.base_lrs = [args.learning_rate] * len(before)
+        groups = zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True)
+        scheduler._last_lr = [args.learning_rate * factor(scheduler.last_epoch) for _, factor in groups]
+        for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+            group["initial_lr"], group["lr"] = args.learning_rate, rate
+        if state.is_world_process_zero:
+            print(f"learning_rate: {before[0]:g} in the checkpoint, {args.learning_rate:g} from here on.")
+
+
+def make_trainer(training_args, model_args, rewards, train_dataset, eval_dataset, callbacks) -> GSPOTrainer:
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -289,7 +381,7 @@ def make_trainer(training_args, model_args, rewards, train_dataset, eval_dataset
             args=training_args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            callbacks=[stop],
+            callbacks=callbacks,
             quantization_config=get_quantization_config(model_args),
             peft_config=get_peft_config(model_args),
         )
@@ -306,7 +398,7 @@ def make_trainer(training_args, model_args, rewards, train_dataset, eval_dataset
 def main(argv: list[str]) -> int:
     started = time.time()
     try:
-        script_args, training_args, model_args = parse(argv)
+        script_args, training_args, model_args, bounds = parse(argv)
         checkpoint = find_checkpoint(script_args, training_args)
         rewards = [
             load_reward(name, (script_args.reward_kwargs or {}).get(name), training_args.max_completion_length)
@@ -319,8 +411,10 @@ def main(argv: list[str]) -> int:
         if checkpoint is not None and is_finished(checkpoint, training_args):
             print(f"{checkpoint} is the end of this run. To train on, set a larger `max_steps`.")
             return 0
-        stop = StopOnSignalCallback()
-        trainer = make_trainer(training_args, model_args, rewards, train_dataset, eval_dataset, stop)
+        stop, health = StopOnSignalCallback(), HealthWatchCallback(bounds)
+        # The watch after the signals: it has the last word on a checkpoint.
+        callbacks = [ResumedLearningRateCallback(), stop, *([health] if script_args.health_watch else [])]
+        trainer = make_trainer(training_args, model_args, rewards, train_dataset, eval_dataset, callbacks)
     except (ValueError, OSError, ImportError, yaml.YAMLError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"train.py: {error}", file=sys.stderr)
@@ -332,13 +426,31 @@ def main(argv: list[str]) -> int:
             for old in list_checkpoints(training_args.output_dir):
                 shutil.rmtree(old)
         trainer.accelerator.wait_for_everyone()
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    except Exception as error:
+        code, cause = explain(error, trainer, rewards)
+        if code == 3 and script_args.health_watch:
+            health.mark_untrusted(training_args, "not finite")
+        traceback.print_exc()
+        print(
+            f"\nThe run ended after step {trainer.state.global_step}{f': {cause}' if cause else '.'} "
+            f"{advise(argv, training_args)}",
+            file=sys.stderr,
+        )
+        return code
+    if health.stopped is not None:
+        trainer.accelerator.print(
+            f"Stopped by the health watch at step {trainer.state.global_step}: {health.stopped}. "
+            f"{advise(argv, training_args)}"
+        )
+        finish(trainer)
+        return 3
     if stop.signum is not None:
-        words = ["accelerate", "launch", sys.argv[0], *argv]
         trainer.accelerator.print(
             f"Stopped by {signal.Signals(stop.signum).name} at step {trainer.state.global_step}, saved in "
             f"{output_dir / f'checkpoint-{trainer.state.global_step}'}. Go on with: "
-            f"{shlex.join(words if '--resume' in argv else [*words, '--resume'])}"
+            f"{resume_command(argv, training_args)}"
         )
         finish(trainer)
         return 128 + stop.signum

@@ -31,12 +31,12 @@ def moved(controller, *rows):
 
 
 # Target 1/2, so 1/2 of each side: the medians. Below: ratios 0.97, 0.98, 0.99 with A < 0, median 0.98, width 0.02,
-# from 0.01 half of the way in log space: 0.01 * sqrt(2). Above: ratios 1.005, 1.01, 1.015 with A > 0, median 1.01,
-# width 0.01: stays.
+# from 0.01 three tenths of the way in log space: 0.01^0.7 * 0.02^0.3. Above: ratios 1.005, 1.01, 1.015 with A > 0,
+# median 1.01, width 0.01: stays.
 def test_one_step_by_hand():
     log_ratios = [math.log(ratio) for ratio in (0.97, 0.98, 0.99, 1.005, 1.01, 1.015, 3.0)]
     low, high = moved(make_controller(), rows_of(log_ratios, [-1.0, -1.0, -1.0, 1.0, 1.0, 1.0, 0.0]))
-    assert low == pytest.approx(0.01 * math.sqrt(2)) and high == pytest.approx(0.01)
+    assert low == pytest.approx(0.01**0.7 * 0.02**0.3) and high == pytest.approx(0.01)
 
 
 def test_it_is_the_sign_of_the_advantage_that_makes_a_side():
@@ -46,8 +46,8 @@ def test_it_is_the_sign_of_the_advantage_that_makes_a_side():
         make_controller(target=0.25), rows_of(log_ratios, [-1.0] * 4 + [1.0] * 4), rows_of([9.0, -9.0], [0.0, 0.0])
     )
     # A quarter of (-0.02, -0.02, 0.5, 0.5) is below -0.02 + 0: place 0.75 of the sorted values.
-    assert low == pytest.approx(math.sqrt(0.01 * -math.expm1(-0.02)))
-    assert high == pytest.approx(math.sqrt(0.01 * math.expm1(0.02)))
+    assert low == pytest.approx(0.01**0.7 * (-math.expm1(-0.02)) ** 0.3)
+    assert high == pytest.approx(0.01**0.7 * math.expm1(0.02) ** 0.3)
 
 
 @pytest.mark.parametrize(("start", "expected"), [(1e-4, 2e-4), (0.4, 0.2)])
@@ -79,7 +79,7 @@ def test_a_ratio_on_the_wrong_side_of_one_goes_to_the_floor():
 
 def test_a_side_without_units_stays():
     low, high = moved(make_controller(), rows_of([0.02, 0.02], [1.0, 1.0]))
-    assert low == 0.01 and high == pytest.approx(math.sqrt(0.01 * math.expm1(0.02)))
+    assert low == 0.01 and high == pytest.approx(0.01**0.7 * math.expm1(0.02) ** 0.3)
 
 
 @pytest.mark.parametrize("log_ratio", [math.nan, math.inf, -math.inf])
@@ -98,8 +98,8 @@ def test_units_of_both_signs_count_once():
         logps, torch.zeros_like(logps), advantages, torch.ones(5, 2), *EPSILONS, "turn", minibatch=1
     )
     low, high = moved(make_controller(), rows)
-    assert low == pytest.approx(math.sqrt(0.01 * -math.expm1(-0.02)))
-    assert high == pytest.approx(math.sqrt(0.01 * math.expm1(0.02)))
+    assert low == pytest.approx(0.01**0.7 * (-math.expm1(-0.02)) ** 0.3)
+    assert high == pytest.approx(0.01**0.7 * math.expm1(0.02) ** 0.3)
 
 
 def test_the_same_on_all_ranks_as_on_one():

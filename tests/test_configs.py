@@ -21,7 +21,7 @@ def test_the_promised_configs_are_there():
 def test_config_builds_its_objects(path, monkeypatch, caplog):
     monkeypatch.chdir(ROOT)
     # A test machine has no GPU for bf16; nothing else is overridden.
-    script_args, training_args, model_args = train.parse(["--config", str(path), "--use_cpu", "true"])
+    script_args, training_args, model_args, _ = train.parse(["--config", str(path), "--use_cpu", "true"])
     get_peft_config(model_args)
     get_quantization_config(model_args)
     for name in script_args.reward_funcs:

@@ -1,6 +1,7 @@
 """`scripts/train.py`: its checks in this process, its runs as a user starts them."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -15,6 +16,7 @@ import train
 from tiny import sorting_rows, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trl_gspo.health import HealthBounds, alarms_of, non_finite_weight
 from trl_gspo.objective import EPSILON_LOW
 
 
@@ -91,6 +93,11 @@ def wait_for(process, pattern, seconds=120):
         (arguments(dataset_name="x", reward_kwargs='{"a": {}}'), "`reward_kwargs` has arguments for a"),
         (arguments(dataset_name="x", model_name_or_path="m", resume_from_checkpoint="no"), "is no folder"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (
+            arguments(dataset_name="x", model_name_or_path="m", health_clip_fraction=8),
+            "`health_clip_fraction` must be a share in [0, 1], got 8.0. Its default is 0.8.",
+        ),
+        (["--health_clip_fractions", "1"], "did you mean `health_clip_fraction`?"),
     ],
 )
 def test_bad_arguments_end_with_one_line(argv, message, capsys):
@@ -115,6 +122,10 @@ def test_bad_arguments_end_with_one_line(argv, message, capsys):
         ("{gradient_accumulation_steps: 0, dataset_name: d, reward_funcs: r}", "must be at least 1, got 0"),
         ("num_generations: 4.5", "num_generations/--num-generations: invalid int value: '4.5'"),
         ("- 1", "must contain a YAML mapping"),
+        (
+            "{health_patience: 0, dataset_name: d, reward_funcs: r, use_cpu: true, bf16: false}",
+            "`health_patience` must be at least 1, got 0",
+        ),
         ("epsilon:\t- {", "while scanning"),
     ],
 )
@@ -128,9 +139,9 @@ def test_the_command_line_wins_over_the_config(tmp_path):
     (tmp_path / "c.yaml").write_text(
         "model_name_or_path: m\ndataset_name: d\nreward_funcs: [a, b]\nepsilon: 3e-2\nepsilon_high: 0.04\n"
         "scale_rewards: false\nuse_cpu: true\nbf16: false\nlora_target_modules: [q, v]\nmodel_init_kwargs: {a: 1}\n"
-        "system_prompt: 3\nreport_to: [tensorboard]\n"
+        "system_prompt: 3\nreport_to: [tensorboard]\nhealth_watch: false\nhealth_entropy: 0\nhealth_ratio_stop: .inf\n"
     )
-    script_args, training_args, model_args = train.parse(
+    script_args, training_args, model_args, bounds = train.parse(
         ["--config", str(tmp_path / "c.yaml"), "--epsilon_high", "0.05", "--output_dir", str(tmp_path)]
     )
     assert script_args.reward_funcs == ["a", "b"]
@@ -140,6 +151,8 @@ def test_the_command_line_wins_over_the_config(tmp_path):
     assert training_args.report_to == ["tensorboard"]
     assert script_args.system_prompt == "3"
     assert model_args.lora_target_modules == ["q", "v"]
+    assert script_args.health_watch is False
+    assert bounds == HealthBounds(health_entropy=0.0, health_ratio_stop=math.inf)
 
 
 def test_missing_column_is_found_before_the_model_is_loaded(capsys, data, tmp_path):
@@ -189,6 +202,61 @@ def test_resume_passes_over_a_checkpoint_that_was_cut_off(capsys, data, tmp_path
         assert "checkpoint-12 is incomplete and passed over" in capsys.readouterr().out
     assert train.find_checkpoint(*train.parse([*argv, "--resume", "--output_dir", str(tmp_path / "new")])[:2]) is None
     assert "starts from the beginning" in capsys.readouterr().out
+
+
+def mark(checkpoint):
+    (Path(checkpoint) / "health.json").write_text(json.dumps({"alarms": ["reward collapse", "no reward"]}))
+
+
+def test_resume_passes_over_a_checkpoint_that_was_saved_near_an_alarm(capsys, data, tmp_path):
+    right = write_checkpoint(tmp_path, 2)
+    later = write_checkpoint(tmp_path, 4)
+    mark(later)
+    argv = arguments(dataset_name=data, model_name_or_path="no/such", output_dir=tmp_path)
+    assert train.find_checkpoint(*train.parse([*argv, "--resume"])[:2]) == right
+    printed = capsys.readouterr().out
+    assert f"{later} was saved near an alarm (reward collapse, no reward) and passed over." in printed
+    assert train.find_checkpoint(*train.parse([*argv, "--resume_from_checkpoint", later])[:2]) == later
+
+
+def test_marked_checkpoints_alone_are_no_reason_to_start_anew_silently(capsys, data, tmp_path):
+    for step in (4, 6):
+        mark(write_checkpoint(tmp_path, step))
+    argv = arguments(dataset_name=data, model_name_or_path="no/such", output_dir=tmp_path)
+    assert train.main([*argv, "--resume"]) == 2
+    error = capsys.readouterr().err
+    assert f"`output_dir={tmp_path}` holds no checkpoint from before the alarm" in error
+    assert f"--resume_from_checkpoint {tmp_path / 'checkpoint-4'} instead of --resume" in error
+
+
+def test_the_command_that_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["scripts/train.py"])
+    argv = arguments(dataset_name="d", model_name_or_path="m", output_dir=tmp_path)
+
+    def command(argv):
+        return shlex.split(train.advise(argv, train.parse(argv)[1]).split(": ")[-1])
+
+    assert train.advise(argv, train.parse(argv)[1]).startswith("No checkpoint was saved before it.")
+    marked = write_checkpoint(tmp_path, 4)
+    mark(marked)
+    assert f"start anew, or try {marked}, which may be damaged: accelerate" in train.advise(argv, train.parse(argv)[1])
+    start = ["accelerate", "launch", "scripts/train.py", *argv]
+    assert command(argv) == [*start, "--resume_from_checkpoint", marked]
+    good = write_checkpoint(tmp_path, 2)
+    write_checkpoint(tmp_path, 3, is_complete=False)
+    assert f"The last good checkpoint is {good}. " in train.advise(argv, train.parse(argv)[1])
+    assert command(argv) == [*start, "--resume"]
+    assert command([*argv, "--resume"]) == [*start, "--resume"]
+    # A checkpoint that is named would win over `--resume`.
+    named = [*argv, "--resume_from_checkpoint", marked]
+    resumed = command(named)
+    assert resumed == ["accelerate", "launch", "scripts/train.py", *named, "--resume_from_checkpoint", "true"]
+    assert train.find_checkpoint(*train.parse(resumed[3:])[:2]) == good
+
+
+def test_exit_codes_are_documented():
+    for code in ("0 done", "2 bad input", "3 stopped by the health watch", "4 a reward function raised"):
+        assert code in " ".join(train.__doc__.split())
 
 
 def test_a_finished_run_is_not_trained_on(capsys, data, tmp_path):
@@ -310,6 +378,167 @@ def test_a_signal_to_one_of_two_processes_stops_both(data, model_path, tmp_path)
     assert re.search(r"Stopped by SIGTERM at step \d+, saved in", printed), printed
     (checkpoint,) = output.glob("checkpoint-*")
     AutoModelForCausalLM.from_pretrained(checkpoint)
+
+
+def finished(argv, **options):
+    process = launch(argv, **options)
+    printed, _ = process.communicate(timeout=120)
+    return process.returncode, printed
+
+
+LR_1 = {"learning_rate": 1, "lr_scheduler_type": "constant"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "code", "messages"),
+    [
+        pytest.param(
+            {"reward_funcs": "tests.faulty_reward.nan"},
+            3,
+            [
+                r"Warning, step 9: gspo/unscored_fraction is 1: no completion has a finite reward; the run stops ",
+                r"The run stops, step 17: gspo/unscored_fraction is 1.*Likely cause: .*Remedy: ",
+                r"Stopped by the health watch at step 17: gspo/unscored_fraction is 1.*",
+            ],
+            id="NaN reward",
+        ),
+        pytest.param(
+            {"reward_funcs": "tests.faulty_reward.exploding"},
+            3,
+            [r"The run stops, step 9: reward_std is inf, and must be finite\. Likely cause: .*Remedy: "],
+            id="exploding reward",
+        ),
+        pytest.param(
+            {"reward_funcs": "tests.faulty_reward.raising"},
+            4,
+            [
+                r"Traceback \(most recent call last\)",
+                r"after step 8: the reward function 'raising' raised ZeroDivisionError: division by zero\.",
+            ],
+            id="raising reward",
+        ),
+        pytest.param(
+            {"reward_funcs": "tests.faulty_reward.too_few"},
+            4,
+            [r"after step 8: a reward function raised ValueError: The reward function 'too_few' returned 1 rewards"],
+            id="too few rewards",
+        ),
+        pytest.param(
+            {"reward_funcs": "tests.faulty_reward.nan_weight"},
+            3,
+            [r"The run stops, step 9: loss is nan, grad_norm nan; both must be finite\. Likely cause: .*Remedy: "],
+            id="NaN weight",
+        ),
+        pytest.param(
+            {"reward_funcs": "tests.faulty_reward.nan_weight", "logging_steps": 100, "save_steps": 1, "max_steps": 10},
+            3,
+            [r"The run stops, step 9: a weight is not finite: .*Likely cause: .*Remedy: "],
+            id="NaN weight at a checkpoint",
+        ),
+    ],
+)
+def test_a_fault_has_its_message_and_its_exit_and_the_last_good_checkpoint_trains_on(
+    fault, code, messages, data, model_path, tmp_path
+):
+    output = tmp_path / "run"
+    argv = run_arguments(data, model_path, output, **{"save_steps": 2, "save_total_limit": 1, "max_steps": 20} | fault)
+    returned, printed = finished(argv)
+    assert returned == code, printed
+    for message in messages:
+        assert len(re.findall(message, printed)) == 1, (message, printed)
+    assert not (output / "summary.json").exists() and not (output / "model.safetensors").exists()
+    check_that_it_trains_on(argv, ["--reward_funcs", "tests.varied_reward.share_of_digits"], printed, output)
+
+
+def check_that_it_trains_on(argv, mended, printed, output):
+    """Follows the advice that a run left, with the cause mended, to the end of the run."""
+    good = Path(re.search(r"The last good checkpoint is (\S+)\.", printed)[1])
+    assert good.parent == output and not alarms_of(good)
+    assert non_finite_weight(AutoModelForCausalLM.from_pretrained(good)) is None
+    command = shlex.split(re.search(r"go on from it with: (.*)", printed)[1])
+    assert command == ["accelerate", "launch", str(ROOT / "scripts" / "train.py"), *argv, "--resume"]
+    returned, printed = finished([*command[3:], *mended])
+    assert returned == 0, printed
+    state = json.loads((output / "trainer_state.json").read_text())
+    assert state["global_step"] == state["max_steps"]
+    assert all(math.isfinite(entry["loss"]) for entry in state["log_history"] if "loss" in entry)
+    assert (output / "summary.json").is_file()
+    assert [alarms_of(path) for path in output.glob("checkpoint-*")] == [[]]  # one, as `save_total_limit` says
+
+
+@pytest.mark.slow
+def test_learning_rate_1_has_its_message_and_its_exit_and_the_last_good_checkpoint_trains_on(
+    data, model_path, tmp_path
+):
+    output = tmp_path / "run"
+    argv = run_arguments(data, model_path, output, lr_scheduler_type="constant", save_steps=2, save_total_limit=1)
+    returned, printed = finished([*argv, "--max_steps", "8"])
+    assert returned == 0 and "Warning, " not in printed, printed
+    argv += ["--max_steps", "20", "--resume"]
+    returned, printed = finished([*argv, "--learning_rate", "1"])
+    assert returned == 3, printed
+    assert "learning_rate: 0.001 in the checkpoint, 1 from here on." in printed
+    stopped = re.search(r"The run stops, step (\d+): gspo/ratio/(max|p10) is .*Likely cause: too high a", printed)
+    assert stopped and int(stopped[1]) <= 12, printed
+    assert f"The last good checkpoint is {output / 'checkpoint-8'}." in printed
+    assert non_finite_weight(AutoModelForCausalLM.from_pretrained(output / "checkpoint-8")) is None
+
+    returned, printed = finished(argv)
+    assert returned == 0 and "Warning, " not in printed, printed
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "loss" in entry] == list(range(1, 21))
+    assert {entry["learning_rate"] for entry in history if "loss" in entry} == {1e-3}
+
+
+@pytest.mark.slow
+def test_learning_rate_1_from_the_start_leaves_nothing_to_go_on_from(data, model_path, tmp_path):
+    argv = run_arguments(data, model_path, tmp_path / "run", **LR_1, save_steps=1, max_steps=20)
+    returned, printed = finished(argv)
+    assert returned == 3, printed
+    assert "No checkpoint was saved long enough before it to be trusted." in printed
+    returned, printed = finished([*argv, "--resume"])
+    assert returned == 2 and "holds no checkpoint from before the alarm" in printed
+
+
+@pytest.mark.slow
+def test_weights_that_break_the_sampling_are_named(data, model_path, tmp_path):
+    # Nothing is logged between the damage, in the third rollout batch, and the fourth.
+    fault = {
+        "reward_funcs": "tests.faulty_reward.nan_weight",
+        "logging_steps": 100,
+        "save_strategy": "no",
+    }
+    returned, printed = finished(run_arguments(data, model_path, tmp_path / "run", max_steps=20, **fault))
+    assert returned == 3, printed
+    assert "Traceback (most recent call last)" in printed and "probability tensor contains" in printed
+    assert "The run ended after step 12: the weights hold NaN or infinity (model.embed_tokens.weight)" in printed
+    assert "No checkpoint was saved before it. Once the cause is mended, start anew." in printed
+
+
+@pytest.mark.slow
+def test_the_watch_can_be_turned_off(data, model_path, tmp_path):
+    argv = run_arguments(data, model_path, tmp_path / "run", **LR_1, max_steps=4, health_watch="false")
+    returned, printed = finished(argv)
+    assert returned == 0, printed
+    assert "Warning, " not in printed and (tmp_path / "run" / "summary.json").is_file()
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together(data, model_path, tmp_path):
+    argv = run_arguments(data, model_path, tmp_path / "run", **LR_1, save_steps=1, max_steps=20)
+    returned, printed = finished(argv, launcher=["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])
+    assert returned != 0
+    assert len(re.findall(r"The run stops, step \d+: gspo/ratio/", printed)) == 1, printed
+    assert len(re.findall(r"Stopped by the health watch at step \d+", printed)) == 1, printed
+
+
+@pytest.mark.slow
+def test_a_reward_that_raises_ends_two_processes(data, model_path, tmp_path):
+    argv = run_arguments(data, model_path, tmp_path / "run", max_steps=20, reward_funcs="tests.faulty_reward.raising")
+    returned, printed = finished(argv, launcher=["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])
+    assert returned != 0
+    assert "after step 8: the reward function 'raising' raised ZeroDivisionError" in printed, printed
 
 
 @pytest.mark.slow
