@@ -34,7 +34,8 @@ from typing import NamedTuple
 
 import torch
 from datasets import Dataset
-from plot import load_logs, plt
+from matplotlib.figure import Figure
+from plot import load_logs
 from tiny import make_model, make_tokenizer, pretrain
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
@@ -354,7 +355,8 @@ def table(logs: dict, summaries: dict, steps: dict) -> str:
 
 def draw(logs: dict, steps: dict, path: Path) -> None:
     """Writes one PNG: the reward over the steps, and the steps to the outcome-only run's final reward by seed."""
-    figure, (curves, counts) = plt.subplots(1, 2, figsize=(12, 4.5), width_ratios=(5, 4), constrained_layout=True)
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    curves, counts = figure.subplots(1, 2, width_ratios=(5, 4))
     for index, (credit, runs) in enumerate(logs.items()):
         color = f"C{index}"
         at = [entry["step"] for entry in runs[0]]
@@ -381,7 +383,6 @@ def draw(logs: dict, steps: dict, path: Path) -> None:
         axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def main(argv: list[str]) -> int:

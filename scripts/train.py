@@ -21,6 +21,7 @@ that, signal a worker instead: all of them stop together.
 """
 
 import difflib
+import importlib.util
 import json
 import os
 import shlex
@@ -40,6 +41,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_gspo import GSPOConfig, GSPOTrainer
 from trl_gspo.callbacks import RewardProgressCallback, StopOnSignalCallback
+from trl_gspo.curves import CurvesCallback
 from trl_gspo.health import HealthBounds, HealthWatchCallback, alarms_of, non_finite_weight, reward_that_raised
 from trl_gspo.rewards import check_columns, load_reward
 from trl_gspo.tasks import load_rows, to_prompts
@@ -83,6 +85,8 @@ class ScriptArguments:
             Whether to start anew in an `output_dir` that holds checkpoints, and delete those.
         health_watch (`bool`, *optional*, defaults to `True`):
             Whether to warn of what goes wrong, and to stop a run that is past saving, by the bounds `health_...`.
+        curves (`bool`, *optional*, defaults to `True`):
+            Whether to keep `curves.png` in `output_dir` current, if matplotlib is installed.
     """
 
     dataset_name: str | None = field(
@@ -125,6 +129,10 @@ class ScriptArguments:
     health_watch: bool = field(
         default=True,
         metadata={"help": "Whether to warn of what goes wrong, and to stop a run that is past saving."},
+    )
+    curves: bool = field(
+        default=True,
+        metadata={"help": "Whether to keep `curves.png` in `output_dir` current, if matplotlib is installed."},
     )
 
     def __post_init__(self):
@@ -414,6 +422,8 @@ def main(argv: list[str]) -> int:
         stop, health = StopOnSignalCallback(), HealthWatchCallback(bounds)
         # The watch after the signals: it has the last word on a checkpoint.
         callbacks = [ResumedLearningRateCallback(), stop, *([health] if script_args.health_watch else [])]
+        if script_args.curves and importlib.util.find_spec("matplotlib") is not None:
+            callbacks.append(CurvesCallback())
         trainer = make_trainer(training_args, model_args, rewards, train_dataset, eval_dataset, callbacks)
     except (ValueError, OSError, ImportError, yaml.YAMLError) as error:
         if os.environ.get("RANK", "0") == "0":

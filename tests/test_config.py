@@ -33,6 +33,7 @@ DEFAULTS = {
     "clip_epsilon_min": 1e-6,
     "clip_epsilon_max": 0.5,
     "pack_live_tokens": True,
+    "use_rollout_logps": False,
     "log_expert_change": False,
 }
 # Fields that TRL has not.
@@ -248,14 +249,30 @@ def test_clip_fraction_target_in_its_range_is_accepted(make, value):
             "`clip_epsilon_min=0.1` must be below `clip_epsilon_max=0.01`",
         ),
         (
+            {"use_rollout_logps": True, "use_vllm": True},
+            "`use_rollout_logps=True` takes .* `vllm_importance_sampling_correction=True` .* set one of the two to",
+        ),
+        (
             {"clip_fraction_target": 0.15, "steps_per_generation": 2, "gradient_accumulation_steps": 4},
             "is refused with one optimizer step for each rollout batch .* Set `steps_per_generation=16`",
         ),
     ],
 )
-def test_what_the_controller_cannot_do_is_refused(make, options, message):
+def test_what_our_own_options_cannot_do_is_refused(make, options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"steps_per_generation": 1}, "one optimizer step for each rollout batch"),
+        ({"use_rollout_logps": True}, "`use_rollout_logps=True`"),
+    ],
+)
+def test_expert_change_without_old_routings_is_warned_of(make, logged, options, reason):
+    make(log_expert_change=True, **options)
+    assert any(f"`log_expert_change=True` has nothing to compare: under {reason}" in line for line in logged())
 
 
 def test_a_wide_range_is_a_start_where_the_controller_moves_it(make, logged):

@@ -320,7 +320,7 @@ def test_quantiles_are_of_the_window_and_not_means_of_quantiles():
 def test_slots_beyond_the_most_turns_are_not_kept():
     most = max(len(units_of(row, "turn")) for batch in BATCHES for row in batch[3])
     rows = RatioStatistics().update(*BATCHES[2], *EPSILONS, "turn", max_units=most)
-    assert rows.shape == (16 * most, 7) and most < 17
+    assert rows.shape == (16 * most, 9) and most < 17
     metrics = accumulate(BATCHES, level="turn", max_units=most).compute(gathered_alone)
     assert metrics == accumulate(BATCHES, level="turn").compute(gathered_alone)
 
@@ -336,6 +336,21 @@ def test_expert_changes_add_up_over_micro_batches_and_ranks():
     assert over_ranks(ranks)["gspo/expert_change_fraction"] == 5 / (31 + 2**25)
     assert math.isnan(rank([0, 0]).compute(gathered_alone)["gspo/expert_change_fraction"])
     assert "gspo/expert_change_fraction" not in accumulate(BATCHES).compute(gathered_alone)
+
+
+# Token log-ratios 0.5 and -1; 0.25 (its second token is padding); a dead row; and one in a later minibatch.
+def test_mismatch_with_the_rollout_engine_is_that_of_the_first_minibatch():
+    statistics = RatioStatistics(compares_rollout=True)
+    logps = torch.tensor([[0.5, -1.0], [0.25, 9.0], [7.0, 7.0]])
+    mask = torch.tensor([[1, 1], [1, 0], [1, 1]])
+    statistics.update(logps, torch.zeros(3, 2), torch.tensor([1.0, -1.0, 0.0]), mask, *EPSILONS)
+    statistics.update(*single_row(3.0), *EPSILONS, minibatch=1)
+    metrics = statistics.compute(gathered_alone)
+    assert metrics["gspo/rollout_logp_difference/mean"] == pytest.approx(1.75 / 3)
+    assert metrics["gspo/rollout_logp_difference/max"] == 1
+    statistics.update(*single_row(3.0), *EPSILONS, minibatch=1)
+    assert "gspo/rollout_logp_difference/mean" not in statistics.compute(gathered_alone)
+    assert "gspo/rollout_logp_difference/mean" not in accumulate(BATCHES).compute(gathered_alone)
 
 
 def test_nan_of_a_live_unit_is_seen():

@@ -106,14 +106,20 @@ class GSPOConfig(GRPOConfig):
             Whether only tokens that carry gradient go through the model in the loss step, packed without padding:
             the same loss and gradient for less. `False` runs it on padding and on sequences with advantage 0 too, as
             TRL does.
+        use_rollout_logps (`bool`, *optional*, defaults to `False`):
+            Whether the log-probabilities that the rollout engine returned with what it sampled (vLLM, or a
+            `rollout_func`) are the old ones (section 5.4 of the paper), in place of a forward of the model over each
+            rollout. The mismatch between the two then counts as drift of the policy; `gspo/rollout_logp_difference`
+            measures it. A token that the engine gave no value counts as not drifted.
         log_expert_change (`bool`, *optional*, defaults to `False`):
             Whether to log `gspo/expert_change_fraction`: for a mixture of experts, the share of routed experts that
             differ between the old policy and the one in training, on the same tokens.
 
     Raises:
         ValueError: if an epsilon is not finite or not in (0, 1), if `step_discount` is not in (0, 1], if `loss_type`
-            or `importance_sampling_level` is not GSPO's, if an option is set that only a refused loss type reads, or
-            if `clip_fraction_target` is not in (0, 1), or is set where the ratio is always 1.
+            or `importance_sampling_level` is not GSPO's, if an option is set that only a refused loss type reads;
+            if `clip_fraction_target` is not in (0, 1), or is set where the ratio is always 1; if `use_rollout_logps`
+            and vLLM's correction, which needs the model's own, are both on.
     """
 
     importance_sampling_level: str = field(
@@ -198,6 +204,14 @@ class GSPOConfig(GRPOConfig):
             "padding. False runs it on padding and on sequences with advantage 0 too, as TRL does."
         },
     )
+    use_rollout_logps: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the log-probabilities that the rollout engine returned with what it sampled are the old "
+            "ones (GSPO paper, section 5.4). Saves the forward that scores each rollout; the mismatch between engine "
+            "and model then counts as drift of the policy, and is logged."
+        },
+    )
     log_expert_change: bool = field(
         default=False,
         metadata={
@@ -211,7 +225,7 @@ class GSPOConfig(GRPOConfig):
         if self.steps_per_generation is None and self.generation_batch_size is None:
             self.steps_per_generation = MINIBATCHES_PER_ROLLOUT * self.gradient_accumulation_steps
         super().__post_init__()
-        self._refuse_clip_fraction_target()
+        self._refuse_additions()
         for message in self._doubts():
             logger.warning_once(message)
 
@@ -246,7 +260,13 @@ class GSPOConfig(GRPOConfig):
                     "which is not GSPO. Remove it."
                 )
 
-    def _refuse_clip_fraction_target(self) -> None:
+    def _refuse_additions(self) -> None:
+        if self.use_rollout_logps and self.use_vllm and self.vllm_importance_sampling_correction:
+            raise ValueError(
+                "`use_rollout_logps=True` takes vLLM's log-probabilities as the old ones, and "
+                "`vllm_importance_sampling_correction=True` corrects for their mismatch with the model's, which needs "
+                "both: set one of the two to False."
+            )
         for name in ("clip_epsilon_min", "clip_epsilon_max"):
             check_epsilon(name, getattr(self, name))
         target = self.clip_fraction_target
@@ -313,6 +333,14 @@ class GSPOConfig(GRPOConfig):
                     "which biases its importance ratio: set `top_p=1.0`, `top_k=0` and `min_p=None`, or "
                     "`vllm_importance_sampling_correction=False`."
                 )
+        if self.log_expert_change and (self._takes_one_step or self.use_rollout_logps):
+            reason = (
+                "`use_rollout_logps=True`" if self.use_rollout_logps else "one optimizer step for each rollout batch"
+            )
+            yield (
+                f"`log_expert_change=True` has nothing to compare: under {reason} the model does not score a rollout "
+                "with the weights that sampled it."
+            )
         if not self.disable_dropout:
             yield (
                 "`disable_dropout=False` lets dropout, LoRA's too, move the ratio past the clip range before any "

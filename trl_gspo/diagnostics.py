@@ -12,13 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .objective import clipped_units, exact_dtype, unit_ids
+from .objective import clipped_units, exact_dtype, sum_by_unit, unit_ids
 
 
 # What is kept of each unit. `length` is -1 where a row has fewer units than others, which is no unit; `sides` is 1
 # if a token has a negative advantage, plus 2 if one has a positive, so that 0 is dead; `clipped` is -1 for low, 1 for
 # high, 0 for neither.
-_COLUMNS = ("log_ratio", "length", "sides", "clipped", "clipped_tokens", "kl_old", "minibatch")
+_COLUMNS = (
+    "log_ratio", "length", "sides", "clipped", "clipped_tokens", "kl_old", "difference", "largest", "minibatch",
+)  # fmt: skip
 _NO_UNIT = -1
 
 _QUANTILES = {"p01": 0.01, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99}
@@ -33,11 +35,17 @@ class RatioStatistics:
     What the importance ratio did since the last log. A unit is a sequence, or at level `"turn"` a turn. A unit is live
     if it has a gradient to give: at least one trained token whose advantage is not 0.
 
+    Args:
+        compares_rollout (`bool`, *optional*, defaults to `False`): whether the old log-probabilities are those that
+            the rollout engine returned, so that their difference from the first minibatch's is the mismatch of the
+            two.
+
     Attributes:
         ratios (`np.ndarray`): of the live units behind the last [`RatioStatistics.compute`], over all ranks.
     """
 
-    def __init__(self):
+    def __init__(self, compares_rollout: bool = False):
+        self._compares_rollout = compares_rollout
         self._units: list[Tensor] = []
         self._expert_changes: list[Tensor] = []
         self.ratios = np.empty(0)
@@ -70,7 +78,7 @@ class RatioStatistics:
             expert_changes (`Tensor`, *optional*): `(2,)`, routings that changed and routings compared.
 
         Returns:
-            `Tensor`: `(B * U, 7)`, what was added.
+            `Tensor`: `(B * U, 9)`, what was added.
         """
         units = clipped_units(per_token_logps, old_per_token_logps, advantages, mask, epsilon_low, epsilon_high, level)
         # Counts of tokens outgrow float32's 24 bits within a few steps.
@@ -78,8 +86,7 @@ class RatioStatistics:
         mask = mask.bool()
         ids, size = unit_ids(mask, level)
         token_log_ratio = (per_token_logps.to(dtype) - old_per_token_logps.to(dtype)).masked_fill(~mask, 0.0)
-        per_token_kl = torch.expm1(token_log_ratio) - token_log_ratio
-        kl_old = per_token_kl.new_zeros(len(mask), size + 1).scatter_add(1, ids + 1, per_token_kl)[:, 1:]
+        distance = token_log_ratio.abs()
         # A sequence without trained tokens is a unit too; a turn without them is none.
         is_unit = units.lengths > 0 if level == "turn" else torch.ones_like(units.is_live)
         columns = (
@@ -88,7 +95,9 @@ class RatioStatistics:
             units.has_negative + 2 * units.has_positive,
             units.is_clipped_high.long() - units.is_clipped_low.long(),
             units.clipped_tokens,
-            kl_old,
+            sum_by_unit(torch.expm1(token_log_ratio) - token_log_ratio, ids, size),
+            sum_by_unit(distance, ids, size),
+            distance.amax(1, keepdim=True).expand_as(units.lengths),
             torch.full_like(units.lengths, minibatch),
         )
         rows = torch.stack([column[:, :max_units].to(dtype) for column in columns], -1).flatten(0, 1)
@@ -118,6 +127,8 @@ class RatioStatistics:
         self._units, self._expert_changes = [], []
         self.ratios = live_ratios(units)
         metrics = ratio_metrics(units)
+        if self._compares_rollout:
+            metrics |= _mismatch(units)
         if changes is not None:
             changed, compared = changes
             metrics["gspo/expert_change_fraction"] = changed / compared if compared else math.nan
@@ -134,7 +145,7 @@ def gather_units(
     What [`RatioStatistics.update`] returned, of all ranks, on the host: columns by name, and `sums` added up.
 
     Args:
-        rows (`list[Tensor]`): each `(N, 7)`.
+        rows (`list[Tensor]`): each `(N, 9)`.
         gather, pad (`Callable`): as in [`RatioStatistics.compute`].
         sums (`Tensor`, *optional*): `(M,)`, to add up over the ranks in the same gather.
     """
@@ -157,7 +168,8 @@ def ratio_metrics(units: dict[str, np.ndarray]) -> dict[str, float]:
     Args:
         units (`dict[str, np.ndarray]`): by column: `log_ratio` in nats, `length` in trained tokens, `sides` (1 if a
             token has a negative advantage, plus 2 if one has a positive; 0 is dead), `clipped` (-1 low, 1 high),
-            `clipped_tokens`, `kl_old` (k3 estimate summed over the unit, nats), `minibatch`.
+            `clipped_tokens`, `kl_old` (k3 estimate summed over the unit, nats), `difference` (absolute log-ratios of
+            the tokens, summed), `largest` (of those of the row), `minibatch`.
     """
     is_live = units["sides"] > 0
     live = {name: column[is_live] for name, column in units.items()}
@@ -178,6 +190,18 @@ def ratio_metrics(units: dict[str, np.ndarray]) -> dict[str, float]:
     metrics["gspo/kl_old"] = live["kl_old"].sum() / tokens if tokens else math.nan
     metrics["gspo/live_fraction"] = _mean(is_live)
     return {name: float(value) for name, value in metrics.items()}
+
+
+def _mismatch(units: dict[str, np.ndarray]) -> dict[str, float]:
+    """Difference between rollout engine and model on the same tokens, before any update, nats."""
+    is_first = (units["sides"] > 0) & (units["minibatch"] == 0)
+    tokens = units["length"][is_first].sum()
+    if not (units["minibatch"] == 0).any():
+        return {}
+    return {
+        "gspo/rollout_logp_difference/mean": units["difference"][is_first].sum() / tokens if tokens else math.nan,
+        "gspo/rollout_logp_difference/max": units["largest"][is_first].max() if tokens else math.nan,
+    }
 
 
 def noise_warning(metrics: dict[str, float], epsilon_low: float, epsilon_high: float) -> str | None:

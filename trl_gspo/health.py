@@ -72,7 +72,7 @@ class HealthBounds:
         health_reward_noise (`float`, *optional*, defaults to `8.0`):
             Least fall that is a collapse, in standard errors of the mean, estimated from the changes from log to log.
             The best of many means is above the true one by three of them, and the worst as far below: with 8, none
-            of 240 runs of 0/1 rewards, 4 to 64 a log, was stopped within 500 logs.
+            of 960 runs of 0/1 rewards, 4 to 64 a log, was stopped within 500 logs.
         health_reward_logs (`int`, *optional*, defaults to `10`):
             Logs in a row that a collapse lasts before the run stops. Waiting risks no checkpoint: from the first of
             them none is deleted.

@@ -148,7 +148,7 @@ class GSPOTrainer(GRPOTrainer):
         if args.disable_dropout:
             for network in filter(None, (self.model, self.ref_model)):
                 _disable_functional_dropout(network)
-        self._ratio_statistics = {"train": RatioStatistics(), "eval": RatioStatistics()}
+        self._ratio_statistics = {mode: RatioStatistics(args.use_rollout_logps) for mode in ("train", "eval")}
         self._per_token_logps = self._loss_inputs = self._loss_mask = None
         self._rollout_step, self._max_units, self._warned_of_noise = 0, None, False
         self._scorer = Scorer(
@@ -197,6 +197,14 @@ class GSPOTrainer(GRPOTrainer):
         self._awaits_old, self._experts = self._has_old_logps, None
         output = super()._generate_and_score_completions(inputs)
         self._is_new_rollout = True
+        if self.args.use_rollout_logps and "old_per_token_logps" in output:
+            if "sampling_per_token_logps" not in output:
+                raise ValueError(
+                    "`use_rollout_logps=True` needs a rollout engine that returns the log-probabilities of what it "
+                    "samples, and transformers' generation does not: set `use_vllm=True`, give a `rollout_func`, or "
+                    "set `use_rollout_logps=False`."
+                )
+            output["old_per_token_logps"] = output["sampling_per_token_logps"]
         if self._experts is not None:
             output["old_experts"] = self._experts
         mask = _trained_tokens(output)
@@ -330,7 +338,7 @@ class GSPOTrainer(GRPOTrainer):
         entropies = []
         for batch in batches:
             batch["layout"] = layout = self._layout(batch)
-            if not self._has_old_logps:
+            if not self._has_old_logps or self.args.use_rollout_logps:
                 continue
             with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
                 logps, entropy, _, experts = self._scorer(
@@ -374,7 +382,8 @@ class GSPOTrainer(GRPOTrainer):
         is_old, self._awaits_old = self._awaits_old, False
         is_whole = self._scorer.way == "whole"
         is_corrected = self.use_vllm and self.args.vllm_importance_sampling_correction
-        if is_old and not is_whole and not is_corrected:  # `_lay_out` scores it
+        if is_old and not is_corrected and (self.args.use_rollout_logps or not is_whole):
+            # Others take their place: the engine's, or those of `_lay_out`.
             return torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device), None, None
         is_packed = self._scorer.way == "packed" and not has_images(kwargs)
         # TRL's chunks, and so as many forwards on each rank. Rows that are not packed it takes apart itself.
@@ -392,16 +401,20 @@ class GSPOTrainer(GRPOTrainer):
 
     def _score_for_loss(self, model: nn.Module, *arguments: Any, **kwargs: Any) -> tuple:
         inputs = self._loss_inputs
+        old = inputs.get("old_per_token_logps")
         logps, entropies, aux_loss, self._experts = self._scorer(
             model,
             *arguments,
             inputs["layout"],
-            logps=inputs.get("old_per_token_logps"),
+            logps=old if old is None else old.nan_to_num(nan=0.0),
             entropy=self._mean_entropy,
             records="old_experts" in inputs,
             **kwargs,
         )
         logps = _at_least_float32(logps)
+        if self.args.use_rollout_logps and old is not None:
+            inputs["old_per_token_logps"] = torch.where(old.isnan(), logps.detach().to(old.dtype), old)
+        self._old_per_token_logps = inputs.get("old_per_token_logps", logps.detach())
         # The parent does not hand its log-probabilities out, and reads the old ones after it has these.
         self._per_token_logps = logps.detach()
         if self.args.importance_sampling_level != "sequence":
@@ -443,9 +456,9 @@ class GSPOTrainer(GRPOTrainer):
             self._loss_inputs["layout"] = self._layout(inputs)
         try:
             loss = super()._compute_loss(model, self._loss_inputs)
-            logps = self._per_token_logps
+            logps, old_logps = self._per_token_logps, self._old_per_token_logps
         finally:
-            self._loss_inputs = self._loss_mask = self._per_token_logps = None
+            self._loss_inputs = self._loss_mask = self._per_token_logps = self._old_per_token_logps = None
         expert_changes = None
         if "old_experts" in inputs:
             is_compared = _live_tokens(inputs, level)
@@ -454,7 +467,7 @@ class GSPOTrainer(GRPOTrainer):
         is_training = self.model.training
         rows = self._ratio_statistics["train" if is_training else "eval"].update(
             logps,
-            inputs.get("old_per_token_logps", logps),
+            old_logps,
             inputs["advantages"],
             mask,
             self.epsilon_low,
@@ -480,9 +493,9 @@ class GSPOTrainer(GRPOTrainer):
     def _log_ratio(self, mode: str, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             self._metrics[mode][name].append(value)
-        if mode == "train" and self._clip_range is not None:
-            self._metrics[mode]["gspo/epsilon_low"].append(self.epsilon_low)
-            self._metrics[mode]["gspo/epsilon_high"].append(self.epsilon_high)
+        # Without a controller too: whoever reads the logs of a run sees its clip range in them.
+        self._metrics[mode]["gspo/epsilon_low"].append(self.epsilon_low)
+        self._metrics[mode]["gspo/epsilon_high"].append(self.epsilon_high)
         message = noise_warning(metrics, self.epsilon_low, self.epsilon_high)
         if mode == "train" and message is not None and not self._warned_of_noise:
             logger.warning(message)
