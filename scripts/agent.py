@@ -310,7 +310,7 @@ def compare(output: Path, seeds: int, jobs: int) -> None:
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
         list(pool.map(prepare_missing, range(seeds), repeat(output)))
         list(pool.map(train_missing, *zip(*product(range(seeds), CREDITS), strict=True), repeat(output)))
-    logs = {credit: [load_logs(folder_of(output, seed) / credit) for seed in range(seeds)] for credit in CREDITS}
+    logs = {credit: [training_logs(folder_of(output, seed) / credit) for seed in range(seeds)] for credit in CREDITS}
     summaries = {
         credit: [json.loads((folder_of(output, seed) / credit / "summary.json").read_text()) for seed in range(seeds)]
         for credit in CREDITS
@@ -351,6 +351,11 @@ def table(logs: dict, summaries: dict, steps: dict) -> str:
         f"episodes before training: {before}. `-`: not within {budget} steps."
     )
     return "\n".join([*lines, "", notes, ""])
+
+
+def training_logs(folder: Path) -> list[dict]:
+    """The logs of a run that hold a gradient, and so not the summary at its end."""
+    return [entry for entry in load_logs(folder) if "grad_norm" in entry]
 
 
 def draw(logs: dict, steps: dict, path: Path) -> None:

@@ -23,6 +23,7 @@ that, signal a worker instead: all of them stop together.
 import difflib
 import importlib.util
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -405,6 +406,8 @@ def make_trainer(training_args, model_args, rewards, train_dataset, eval_dataset
 
 def main(argv: list[str]) -> int:
     started = time.time()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("trl_gspo").setLevel(logging.INFO)  # what goes through the model, and why
     try:
         script_args, training_args, model_args, bounds = parse(argv)
         checkpoint = find_checkpoint(script_args, training_args)

@@ -4,7 +4,6 @@ import agent
 import pytest
 import torch
 from agent import DIGITS, TURNS, Environment
-from plot import load_logs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_gspo.credit import step_kind
@@ -129,7 +128,7 @@ def test_two_steps_of_training(credit, output, monkeypatch):
         mask = inputs["completion_mask"] * inputs["tool_mask"]
         assert (turn_ids(mask).amax(1) + 1 == TURNS).all() and (mask.sum(1) == TURNS * DIGITS).all()
         assert inputs["advantages"].dim() == (1 if credit.startswith("outcome") else 2)
-    logs = load_logs(output / credit)
+    logs = agent.training_logs(output / credit)
     name = agent.CREDITS[credit].reward.__name__
     assert logs[0]["reward"] == pytest.approx(logs[0][f"rewards/{name}/mean"])
     assert all(entry["grad_norm"] >= 0 for entry in logs) and len(logs) == STEPS

@@ -386,7 +386,8 @@ def test_a_rollout_batch_is_clipped_by_the_range_that_the_one_before_asks_for(sc
 
 def control(output_dir, model_path, dataset, resume=None, **script):
     """Four minibatches to a rollout batch and a log for each of them."""
-    script = dict(clip_fraction_target=0.15, learning_rate=3e-4, lr_scheduler_type="constant") | script
+    options = dict(clip_fraction_target=0.15, learning_rate=3e-4, lr_scheduler_type="constant", pack_live_tokens=True)
+    script = options | script
     trainer = build(GSPOTrainer, output_dir, model=model_path, train_dataset=dataset, logging_steps=4, **script)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
