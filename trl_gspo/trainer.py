@@ -211,9 +211,6 @@ class GSPOTrainer(GRPOTrainer):
         mode = "train" if self.model.training else "eval"
         if mode == "train":
             self._rollout_step = self.state.global_step
-        if self.args.importance_sampling_level == "turn":
-            # On the host once a rollout, so that the statistics keep no slots for turns that no row has.
-            self._max_units = max(int(turn_ids(mask).max()) + 1, 1)
         rewards = self._rewards_per_func
         is_unscored = rewards.isnan().all(1) | rewards.isinf().any(1)
         self._metrics[mode]["gspo/unscored_fraction"].append(is_unscored.float().mean().item())
@@ -300,31 +297,55 @@ class GSPOTrainer(GRPOTrainer):
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         inputs = super()._prepare_inputs(generation_batch)
-        if self._is_new_rollout and self._scorer.way != "whole":
-            if self.model.training:
-                self._buffered_inputs = self._balanced(self._buffered_inputs)
-                self._lay_out(self._buffered_inputs)
-                inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
-            else:
-                self._lay_out([inputs])
+        if not self._is_new_rollout:
+            return inputs
         self._is_new_rollout = False
+        batches = self._buffered_inputs if self.model.training else [inputs]
+        if self._scorer.way != "whole":
+            if self.model.training:
+                batches = self._buffered_inputs = self._balanced(batches)
+                inputs = batches[self._step % self.args.steps_per_generation]
+            self._lay_out(batches)
+        if self.args.importance_sampling_level == "turn":
+            # On the host once a rollout, so that the statistics keep no slots for turns that no row has.
+            self._max_units = max(1, *(int(turn_ids(_trained_tokens(batch)).max()) + 1 for batch in batches))
         return inputs
 
     def _balanced(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Moves rows between the micro-batches of an optimizer step, so that each has about as many tokens."""
-        steps = self.args.gradient_accumulation_steps
-        if steps == 1 or len(batches) % steps or has_images(batches[0]):
+        """
+        Moves rows between the micro-batches of an optimizer step, on all ranks, so that each has about as many tokens
+        to score: a step lasts as long as its slowest rank. The rows of an optimizer step stay those that TRL drew.
+        """
+        steps, ranks = self.args.gradient_accumulation_steps, self.accelerator.num_processes
+        if steps * ranks == 1 or len(batches) % steps or has_images(batches[0]):
             return batches
-        size, balanced = len(batches[0]["completion_ids"]), []
-        for first in range(0, len(batches), steps):
-            window = batches[first : first + steps]
-            by_row = [name for name, value in window[0].items() if torch.is_tensor(value) and value.dim()]
-            rows = {name: torch.cat([batch[name] for batch in window]) for name in by_row}
-            order = balance(row_tokens(_attention_mask(rows).cpu(), self._wanted(rows).cpu()), steps)
-            for start in range(0, len(order), size):
-                part = {name: value[order[start : start + size]] for name, value in rows.items()}
-                balanced.append(window[0] | part)
+        size, windows = len(batches[0]["completion_ids"]), len(batches) // steps
+        names = sorted(name for name, value in batches[0].items() if torch.is_tensor(value) and value.dim())
+        rows = {name: self._of_all_ranks(name, torch.cat([batch[name] for batch in batches])) for name in names}
+        lengths = row_tokens(_attention_mask(rows).cpu(), self._wanted(rows).cpu())
+        balanced = []
+        for window in range(windows):
+            members = [
+                (other * windows + window) * steps * size + row
+                for other in range(ranks)
+                for row in range(steps * size)
+            ]
+            order = balance([lengths[row] for row in members], steps * ranks)
+            # The fullest first: of about as many tokens on all ranks at each forward.
+            for part in range(self.accelerator.process_index, steps * ranks, ranks):
+                mine = [members[place] for place in order[part * size : (part + 1) * size]]
+                balanced.append(batches[0] | {name: value[mine] for name, value in rows.items()})
         return balanced
+
+    def _of_all_ranks(self, name: str, rows: Tensor) -> Tensor:
+        if self.accelerator.num_processes == 1:
+            return rows
+        is_prompt, is_bool = name.startswith("prompt"), rows.dtype == torch.bool
+        padding = self._tokenizer.pad_token_id if name in ("prompt_ids", "completion_ids") else 0
+        rows = rows.to(torch.uint8) if is_bool else rows
+        rows = self.accelerator.pad_across_processes(rows, dim=1, pad_index=padding, pad_first=is_prompt)
+        rows = self.accelerator.gather(rows.contiguous())
+        return rows.bool() if is_bool else rows
 
     @torch.no_grad()
     def _lay_out(self, batches: list[dict[str, Any]]) -> None:
