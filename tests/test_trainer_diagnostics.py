@@ -202,7 +202,7 @@ def test_every_metric_is_that_of_all_units_of_its_window(script, model_path, dat
 # ---- the same on two processes
 
 
-TWO_PROCESSES = {name: SCRIPTS[name] for name in ("sequence", "sequence_token", "turn")}
+TWO_PROCESSES = {name: SCRIPTS[name] for name in ("sequence", "sequence_token", "turn", "all_tokens")}
 
 
 def record_distributed(folder, model_path):
@@ -232,8 +232,10 @@ def test_two_processes_log_what_all_their_units_did(model_path, tmp_path):
     for name, script in TWO_PROCESSES.items():
         ranks, _, (log, _) = zip(*(torch.load(tmp_path / f"{name}-{rank}.pt") for rank in (0, 1)), strict=True)
         assert_tells_apart(assert_windows(log, ranks, script), ranks[0] + ranks[1])
-        # The second rollout batch, micro-batches 6 to 11, is dead on the second rank.
-        assert all((batch[2] == 0).all() == (6 <= index < 12) for index, batch in enumerate(ranks[1]))
+    # The last of them leaves each row on the rank that sampled it: all of the second rollout batch of the second rank,
+    # micro-batches 6 to 11, is dead, and its rows have fewer turns.
+    assert name == "all_tokens"
+    assert all((batch[2] == 0).all() == (6 <= index < 12) for index, batch in enumerate(ranks[1]))
     most = [max(len(units_of(row, "turn")) for *_, mask in rank for row in mask.numpy()) for rank in ranks]
     assert most == [4, 2]
 

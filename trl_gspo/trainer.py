@@ -150,7 +150,7 @@ class GSPOTrainer(GRPOTrainer):
                 _disable_functional_dropout(network)
         self._ratio_statistics = {mode: RatioStatistics(args.use_rollout_logps) for mode in ("train", "eval")}
         self._per_token_logps = self._loss_inputs = self._loss_mask = None
-        self._rollout_step, self._max_units, self._warned_of_noise = 0, None, False
+        self._rollout_step, self._max_units, self._warned_of_noise = 0, {}, False
         self._scorer = Scorer(
             super()._get_per_token_logps_and_entropies,
             reason=_why_whole(args),
@@ -308,7 +308,8 @@ class GSPOTrainer(GRPOTrainer):
             self._lay_out(batches)
         if self.args.importance_sampling_level == "turn":
             # On the host once a rollout, so that the statistics keep no slots for turns that no row has.
-            self._max_units = max(1, *(int(turn_ids(_trained_tokens(batch)).max()) + 1 for batch in batches))
+            most = max(int(turn_ids(_trained_tokens(batch)).max()) + 1 for batch in batches)
+            self._max_units[self.model.training] = max(most, 1)
         return inputs
 
     def _balanced(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -495,7 +496,7 @@ class GSPOTrainer(GRPOTrainer):
             self.epsilon_high,
             level,
             minibatch=self.state.global_step - self._rollout_step if is_training else 0,
-            max_units=self._max_units,
+            max_units=self._max_units.get(is_training),
             expert_changes=expert_changes,
         )
         if controller is not None and is_training:
