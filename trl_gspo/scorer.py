@@ -6,28 +6,34 @@ hands it less: live tokens alone, packed without padding, where that is proven t
 that hold some. B sequences, S columns of prompt and completion, T of them the completion.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from .attention import packed_arguments, without_mask
 from .packing import Cut, Pack, cut, pack
 from .routing import RoutingRecorder
 
 
+_PROMPT = 6  # columns of the prompt in the proof
+
 # What TRL hands on of images. The first two are by token, and cut with the columns.
 _BY_TOKEN = ("token_type_ids", "mm_token_type_ids")
 VISION = ("pixel_values", "image_grid_thw", "pixel_attention_mask", "image_sizes", "image_position_ids", *_BY_TOKEN)
 
-# What two ways to the same log-probability may differ by, in nats: at most in float32, where they do by 1e-6; on
-# average in half precision, where they do by up to 0.05. Packed rows that see one another differ by far more, and in
-# half precision packed rows may differ by a tenth of that.
-_EXACT = 1e-4
-_HALF = 0.1
-_LEAK_SHARE = 0.1
+# How far two ways to the same log-probabilities may lie apart, as a share of what another prompt does to them: a model
+# of random weights hardly looks at its context, so that no number of nats would tell. In bfloat16 a token rounds by up
+# to 0.05 nats, and a context is worth a nat or more to a trained model.
+_EXACT_SHARE = 1e-4
+_HALF_SHARE = 0.25
+
+# Longer windows of attention are not tried when it starts.
+_LONGEST_PROOF = 8192
 
 
 class Scorer:
@@ -57,6 +63,7 @@ class Scorer:
         self.way = None if reason is None else "whole"
         self.reason = reason
         self._is_half = is_half
+        self._unproven_length = math.inf
         self._routing = routing
 
     @torch.no_grad()
@@ -65,37 +72,60 @@ class Scorer:
         Finds the way for `model`: scores two short rows as TRL lays them out, packed, and cut, and compares.
 
         The rows have different lengths, with padding on both sides of both; where the model has a window or chunks of
-        attention, one of them is longer. All ranks must call it together.
+        attention, one of them is longer. Then other tokens in the first row must leave the second as it is, to the
+        last bit: the shapes are the same, and so is the rounding. All ranks must call it together.
         """
         config = model.config.get_text_config()
+        rope = _rope_of_the_longest(config)
+        if rope is not None:
+            self.way = "whole"
+            self.reason = f"rotary positions of type {rope!r} depend on the longest row of the padded batch"
+            return
+        windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+        windows = [window for window in windows if window]
+        self._unproven_length = min((window for window in windows if window > _LONGEST_PROOF), default=math.inf)
+        longest = max([8, *(window + 4 for window in windows if window <= _LONGEST_PROOF)])
+        input_ids, attention_mask = _two_rows(longest, config.vocab_size, next(model.parameters()).device)
+        size = attention_mask.size(1) - _PROMPT
+        is_wanted = attention_mask[:, -size:].bool()
+        is_second = is_wanted.nonzero()[:, 0] == 1
+        is_mixture = getattr(config, "num_experts_per_tok", None) is not None
+
+        def score(tokens: Tensor, layout: Pack | Cut | None = None) -> Tensor:
+            return self(model, tokens, attention_mask, size, layout)[0][is_wanted].float()
+
+        def is_same(difference: Tensor) -> bool:
+            return difference.mean().item() <= (_HALF_SHARE if self._is_half else _EXACT_SHARE) * context
+
+        def is_nothing(difference: Tensor) -> bool:
+            # Other tokens at an expert are other shapes, which round otherwise.
+            return is_same(difference) if is_mixture else not difference.any()
+
         with _evaluating(model):
-            windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-            longest = max([8, *(window + 4 for window in windows if window and window <= 8192)])
-            input_ids, attention_mask = _two_rows(longest, config.vocab_size, next(model.parameters()).device)
-            size = attention_mask.size(1) - 6
-            wanted = attention_mask[:, -size:].bool()
-            expected = self._score(model, input_ids, attention_mask, size)[0]
-
-            def difference(layout: Pack | Cut, **arguments: Any) -> tuple[float, float]:
-                logps, *_ = self(model, input_ids, attention_mask, size, layout, **arguments)
-                distance = (logps - expected)[wanted].abs().float()
-                return distance.max().item(), distance.mean().item()
-
-            try:
-                layout = pack(attention_mask.cpu(), wanted.cpu()).to(input_ids.device)
-                packed, leak = difference(layout), difference(layout, is_apart=False)
-                if packed[0] <= _EXACT or (self._is_half and packed[1] <= _LEAK_SHARE * leak[1]):
-                    self.way, self.reason = "packed", f"rows packed and alone differ by {packed[0]:.1g} nats at most"
-                    return
-                reason = f"packed rows are not kept apart, and differ from rows alone by {packed[0]:.1g} nats"
-            except Exception as error:  # whatever a model says that cannot take packed rows
-                reason = f"packed rows fail with {_in_one_line(error)}"
-            found = difference(cut(attention_mask.cpu(), wanted.cpu()))
-            if found[0] <= _EXACT or (self._is_half and found[1] <= _HALF):
+            expected = score(input_ids)
+            other_prompts = torch.cat([input_ids[:, :_PROMPT].flip(1), input_ids[:, _PROMPT:]], 1)
+            context = (score(other_prompts) - expected).abs().mean().item()
+            if _keeps_state(model):
+                reason = "its layers keep a state across rows"
+            else:
+                try:
+                    layout = pack(attention_mask.cpu(), is_wanted.cpu()).to(input_ids.device)
+                    packed = score(input_ids, layout)
+                    distance = (packed - expected).abs()
+                    other_first = torch.cat([input_ids[:1].flip(1), input_ids[1:]])
+                    if is_same(distance) and is_nothing((score(other_first, layout) - packed)[is_second].abs()):
+                        self.way, self.reason = "packed", f"rows packed and alone differ by {distance.max():.1g} nats"
+                        return
+                    reason = f"packed rows see one another, and differ from rows alone by {distance.max():.1g} nats"
+                except Exception as error:  # whatever a model says that cannot take packed rows
+                    reason = f"packed rows fail with {_in_one_line(error)}"
+            distance = (score(input_ids, cut(attention_mask.cpu(), is_wanted.cpu())) - expected).abs()
+            other_padding = torch.where(attention_mask.bool(), input_ids, input_ids.flip(1))
+            if is_same(distance) and is_nothing((score(other_padding) - expected).abs()):
                 self.way, self.reason = "cut", reason
             else:
                 self.way = "whole"
-                self.reason = f"{reason}; without their padding rows differ by {found[0]:.1g} nats"
+                self.reason = f"{reason}; without their padding rows differ by {distance.max():.1g} nats"
 
     def layout(
         self, attention_mask: Tensor, is_wanted: Tensor, has_images: bool = False, needs_all: bool = False
@@ -114,7 +144,9 @@ class Scorer:
         device, attention_mask, is_wanted = attention_mask.device, attention_mask.cpu(), is_wanted.cpu()
         if self.way == "packed" and not has_images:
             packed = pack(attention_mask, is_wanted, keeps_all=needs_all)
-            return packed if packed is None else packed.to(device)
+            if packed is None or max(packed.lengths) > self._unproven_length:
+                return None
+            return packed.to(device)
         return cut(attention_mask, is_wanted, keeps_rows=has_images or needs_all)
 
     def __call__(
@@ -127,7 +159,6 @@ class Scorer:
         logps: Tensor | None = None,
         entropy: Tensor | None = None,
         records: bool = False,
-        is_apart: bool = True,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """
@@ -140,7 +171,6 @@ class Scorer:
             entropy (`Tensor`, *optional*): scalar, entropy of a token where none was scored in this micro-batch;
                 where some were, their mean stands for the others.
             records (`bool`, *optional*, defaults to `False`): whether to record experts.
-            is_apart (`bool`, *optional*, defaults to `True`): whether packed rows are kept apart.
 
         Returns:
             `tuple`: log-probabilities; entropies and auxiliary loss as TRL's, `None` where not asked for; and the
@@ -160,7 +190,7 @@ class Scorer:
             logps = torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device)
         if isinstance(layout, Pack):
             tokens = layout.input_ids(input_ids)
-            forward = _packed(model, layout, layout.next_tokens(input_ids), is_apart)
+            forward = _packed(model, layout, layout.next_tokens(input_ids))
             mask, size = torch.ones_like(tokens), tokens.size(1)
         else:
             rows, columns = layout.rows, slice(layout.first, layout.end)
@@ -186,16 +216,14 @@ class Scorer:
         return layout.scatter(values, logps), entropies, aux_loss, experts
 
 
-def _packed(model: nn.Module, layout: Pack, next_tokens: Tensor, is_apart: bool) -> Callable:
+def _packed(model: nn.Module, layout: Pack, next_tokens: Tensor) -> Callable:
     """`model`, which takes TRL's call for packed rows."""
     arguments = {"position_ids": layout.positions}
-    if layout.is_packed and is_apart:
+    if layout.is_packed:
         arguments |= packed_arguments(_implementation(model), layout.lengths, next_tokens.device)
-    elif layout.is_packed:
-        arguments["position_ids"] = torch.arange(next_tokens.size(1), device=next_tokens.device).unsqueeze(0)
 
     def forward(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **kwargs: Any) -> Any:
-        with without_mask() if layout.is_packed and is_apart else nullcontext():
+        with without_mask() if layout.is_packed else nullcontext():
             return model(input_ids=input_ids, shift_labels=next_tokens, **arguments, **kwargs)
 
     return forward
@@ -214,11 +242,26 @@ def _implementation(model: nn.Module) -> str:
 
 def _two_rows(longest: int, vocabulary: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Prompts of 3 and 4 tokens in 6 columns, completions of 5 and `longest` in two more than that."""
-    attention_mask = torch.zeros(2, 6 + longest + 2, dtype=torch.long, device=device)
-    attention_mask[0, 3 : 6 + 5] = attention_mask[1, 2 : 6 + longest] = 1
+    attention_mask = torch.zeros(2, _PROMPT + longest + 2, dtype=torch.long, device=device)
+    attention_mask[0, 3 : _PROMPT + 5] = attention_mask[1, 2 : _PROMPT + longest] = 1
     # From the middle of the vocabulary, where no model has its special tokens.
     tokens = torch.arange(attention_mask.numel(), device=device).view(attention_mask.shape)
     return vocabulary // 3 + tokens * 7 % max(vocabulary // 3, 1), attention_mask
+
+
+def _keeps_state(model: nn.Module) -> bool:
+    """Whether layers carry something from token to token beside attention: recurrence, or a convolution."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
+    is_recurrent = any(not kind.endswith("attention") or kind == "linear_attention" for kind in kinds)
+    return is_recurrent or any(getattr(module, "_is_stateful", False) for module in model.modules())
+
+
+def _rope_of_the_longest(config: PretrainedConfig) -> str | None:
+    """The type of rotary positions, if what they do to a row depends on the longest one beside it."""
+    found = [getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}]
+    found += [value for value in found[0].values() if isinstance(value, dict)]  # by type of layer
+    types = (parameters.get("rope_type", parameters.get("type")) for parameters in found)
+    return next((kind for kind in types if kind in ("longrope", "dynamic")), None)
 
 
 @contextmanager

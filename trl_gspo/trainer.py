@@ -318,7 +318,9 @@ class GSPOTrainer(GRPOTrainer):
         to score: a step lasts as long as its slowest rank. The rows of an optimizer step stay those that TRL drew.
         """
         steps, ranks = self.args.gradient_accumulation_steps, self.accelerator.num_processes
-        if steps * ranks == 1 or len(batches) % steps or has_images(batches[0]):
+        # Means and quantiles over the tokens of a micro-batch are in these losses: which rows stand together matters.
+        is_of_micro_batch = self._entropy_bonus_enabled or self.top_entropy_quantile < 1.0 or self.aux_loss_enabled
+        if steps * ranks == 1 or len(batches) % steps or is_of_micro_batch or has_images(batches[0]):
             return batches
         size, windows = len(batches[0]["completion_ids"]), len(batches) // steps
         names = sorted(name for name, value in batches[0].items() if torch.is_tensor(value) and value.dim())
