@@ -194,6 +194,12 @@ def cut(attention_mask: Tensor, is_wanted: Tensor, keeps_rows: bool = False) -> 
     return Cut(rows, min(first, max(prompt - 1, 0)), max(end, prompt + 1), False)
 
 
+class Skip(NamedTuple):
+    """Nothing is wanted, and no other process waits for the model: it does not run."""
+
+    is_stub: bool = True
+
+
 def balance(lengths: list[int], parts: int) -> list[int]:
     """
     An order of the rows in which each of `parts` micro-batches, of as many rows, holds about as many tokens: the

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from .attention import packed_arguments, without_mask
-from .packing import Cut, Pack, cut, pack
+from .packing import Cut, Pack, Skip, cut, pack
 from .routing import RoutingRecorder
 
 
@@ -155,7 +155,7 @@ class Scorer:
         input_ids: Tensor,
         attention_mask: Tensor,
         logits_to_keep: int,
-        layout: Pack | Cut | None,
+        layout: Pack | Cut | Skip | None,
         logps: Tensor | None = None,
         entropy: Tensor | None = None,
         records: bool = False,
@@ -166,7 +166,7 @@ class Scorer:
 
         Args:
             model, input_ids, attention_mask, logits_to_keep, **kwargs: as TRL's.
-            layout ([`Pack`], [`Cut`] or `None`): what goes through the model, of [`Scorer.layout`].
+            layout ([`Pack`], [`Cut`], [`Skip`] or `None`): what goes through the model, of [`Scorer.layout`].
             logps (`Tensor`, *optional*): `(B, T)`, what stands where nothing was scored; 0 if not given.
             entropy (`Tensor`, *optional*): scalar, entropy of a token where none was scored in this micro-batch;
                 where some were, their mean stands for the others.
@@ -188,6 +188,12 @@ class Scorer:
 
         if logps is None:
             logps = torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device)
+        if isinstance(layout, Skip):
+            # A leaf that nobody reads: what comes after takes a gradient, and no weight is reached.
+            leaf = logps.new_zeros((), requires_grad=torch.is_grad_enabled())
+            entropy = logps.new_zeros(()) if entropy is None else entropy
+            entropies = entropy.expand(logps.shape) if kwargs.get("compute_entropy") else None
+            return logps.detach() + leaf, entropies, None, None
         if isinstance(layout, Pack):
             tokens = layout.input_ids(input_ids)
             forward = _packed(model, layout, layout.next_tokens(input_ids))

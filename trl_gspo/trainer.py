@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import (
@@ -24,7 +25,7 @@ from .credit import StepCredit, check_advantages, step_kind
 from .diagnostics import RatioStatistics, noise_warning
 from .host import HAS_FUSED_HEAD, GRPOConfig, GRPOTrainer, disable_gradient_checkpointing, nanstd
 from .objective import at_tokens, sum_by_unit, token_log_ratio, turn_ids, unit_ids
-from .packing import Cut, Pack, balance, row_tokens
+from .packing import Cut, Pack, Skip, balance, row_tokens
 from .routing import RoutingRecorder, changed_slots, find_routers
 from .scorer import VISION, Scorer, has_images
 
@@ -359,9 +360,13 @@ class GSPOTrainer(GRPOTrainer):
         old log-probabilities and, before the first update, the new ones: in half precision, another shape of the
         batch alone moves the ratio past the clip range.
         """
-        entropies = []
-        for batch in batches:
-            batch["layout"] = layout = self._layout(batch)
+        layouts, entropies = [self._layout(batch) for batch in batches], []
+        # The backward pass of a stub writes a gradient of 0 for each weight: dear, and only for others that wait for it.
+        is_alone = self.accelerator.distributed_type == DistributedType.NO and not self.aux_loss_enabled
+        for batch, layout in zip(batches, layouts, strict=True):
+            if is_alone and layout is not None and layout.is_stub:
+                layout = Skip()
+            batch["layout"] = layout
             if not self._has_old_logps or self.args.use_rollout_logps:
                 continue
             with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
@@ -382,6 +387,12 @@ class GSPOTrainer(GRPOTrainer):
                 entropies.append(entropy.mean())
         if entropies:
             self._mean_entropy = torch.stack(entropies).mean()
+        steps = self.args.gradient_accumulation_steps
+        steps = steps if len(batches) % steps == 0 else 1
+        for first in range(0, len(batches) if self.model.training else 0, steps):
+            # An optimizer that finds no gradient does nothing, one that finds 0 decays weights and moments, as TRL's.
+            if all(isinstance(batch["layout"], Skip) for batch in batches[first : first + steps]):
+                batches[first]["layout"] = layouts[first]
 
     def _layout(self, inputs: dict[str, Any]) -> Pack | Cut | None:
         if self._scorer.way == "whole":
