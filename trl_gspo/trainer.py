@@ -361,7 +361,7 @@ class GSPOTrainer(GRPOTrainer):
         batch alone moves the ratio past the clip range.
         """
         layouts, entropies = [self._layout(batch) for batch in batches], []
-        # The backward pass of a stub writes a 0 for each weight, which is dear: only where another process waits for it.
+        # The backward pass of a stub writes a 0 for each weight: dear, and for other processes that wait for it alone.
         is_alone = self.accelerator.distributed_type == DistributedType.NO and not self.aux_loss_enabled
         for batch, layout in zip(batches, layouts, strict=True):
             if is_alone and layout is not None and layout.is_stub:
