@@ -20,12 +20,13 @@ $(VENV)/.done: pyproject.toml .ci/constraints.txt
 	touch $@
 
 test: $(VENV)/.done
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not timing"
+	$(VENV)/bin/python -m pytest -m timing
 
 # A copy of that TRL before the installed one on the path: the rest of the environment stays.
 test-oldest-trl: $(VENV)/.done
 	$(VENV)/bin/pip install --quiet --no-deps --upgrade --target $(VENV)/oldest-trl trl==$(OLDEST_TRL)
-	PYTHONPATH=$(VENV)/oldest-trl $(VENV)/bin/python -m pytest tests/test_host.py tests/test_config.py tests/test_trainer.py tests/test_trainer_credit.py tests/test_trainer_rollout.py
+	PYTHONPATH=$(VENV)/oldest-trl $(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not slow" tests/test_host.py tests/test_config.py tests/test_trainer.py tests/test_trainer_credit.py tests/test_trainer_rollout.py
 
 demo: $(VENV)/.done
 	$(VENV)/bin/python scripts/demo.py prepare --seed $(SEED)

@@ -66,6 +66,11 @@ def letters_of_second_rank(completions, **_):
     return [reward * int(os.environ["RANK"]) for reward in rewards]
 
 
+def prompts_of_many_lengths():
+    """TRL pads prompts to the longest of a rank's rollout batch, which is then another on each rank."""
+    return Dataset.from_list([sorting_rows(1, seed=row, digits=3 + row % 7)[0] for row in range(64)])
+
+
 class RecordingTrainer(GSPOTrainer):
     """Keeps the rows of each optimizer step, and counts the tokens of each forward of the loss."""
 
@@ -110,8 +115,7 @@ def train_on_rank(output_dir, model_path):
     for name, options in RUNS.items():
         options = {"pack_live_tokens": True, "router_aux_loss_coef": 0.0} | SCRIPT | options
         own_rows = options.pop("own_rows", False)
-        dataset = Dataset.from_list(sorting_rows(64, seed=0))
-        reward = letters_of_second_rank
+        dataset, reward = prompts_of_many_lengths(), letters_of_second_rank
         trainer = build(
             RecordingTrainer, output_dir, model=model_path, train_dataset=dataset, reward_funcs=reward, **options
         )
@@ -234,6 +238,10 @@ def test_ranks_score_about_as_many_tokens(name, ranks):
     tokens = [results[name]["tokens"] for results in ranks]
     # One forward for each micro-batch: ranks that run more would wait for the others for ever.
     assert [len(one) for one in tokens] == [8, 8]
+    # The fullest first, and beside one another: the two parts of a step of each rank, as they run.
+    for start in range(0, 8, 2):
+        parts = [one[place] for place in (start, start + 1) for one in tokens]
+        assert parts == sorted(parts, reverse=True)
     first, second = map(sum, tokens)
     assert max(first, second) < 1.15 * min(first, second)
     own = [results[f"{name}_own_rows"]["tokens"] for results in ranks]

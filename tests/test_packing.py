@@ -60,7 +60,8 @@ def test_holes_in_the_attention_mask_are_padding():
     ],
 )
 def test_wanted_token_without_one_before_cannot_be_packed(mask, wanted):
-    assert pack(torch.tensor(mask), torch.tensor(wanted)) is None
+    for keeps_all in (False, True):
+        assert pack(torch.tensor(mask), torch.tensor(wanted), keeps_all) is None
 
 
 def test_later_tokens_of_an_empty_prompt_can_be_packed():
@@ -196,6 +197,8 @@ def test_rows_and_columns_of_padding_are_cut():
     assert cut(MASK, WANTED, keeps_rows=True) == Cut([0, 1, 2], 0, 7, False)
     assert cut(MASK[[0, 2]], WANTED[[0, 2]], keeps_rows=True) == Cut([0, 1], 1, 6, False)
     assert cut(MASK[2:], WANTED[2:]) == Cut([0], 2, 5, False)
+    # Nothing needs the tokens after the last wanted one.
+    assert cut(MASK, torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])) == Cut([0], 1, 4, False)
 
 
 def test_a_cut_keeps_the_column_before_the_completion():

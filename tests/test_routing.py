@@ -369,6 +369,7 @@ def test_a_policy_that_moved_changes_experts(model, input_ids):
 
 
 @pytest.mark.slow
+@pytest.mark.timing
 def test_recording_and_comparing_cost_little(tokenizer):
     torch.manual_seed(0)
     model = make_model(tokenizer, moe=True, hidden_size=256, layers=4, num_experts=16, num_experts_per_tok=4)

@@ -177,6 +177,19 @@ def test_unknown_attention_is_not_packed(proven, qwen3, monkeypatch):
 
 
 @needs_fused_head
+def test_positions_that_are_not_taken_are_found_out(proven, tokenizer):
+    # Rows do not see one another, but the second one's places are counted from the first of the first one; and without
+    # the columns of padding, all are counted from another.
+    model = family("gpt2", len(tokenizer))
+    model.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, kwargs | {"position_ids": None}), with_kwargs=True
+    )
+    scorer = proven(model)
+    assert scorer.way == "whole"
+    assert "differ from rows alone" in scorer.reason and "without their padding rows differ" in scorer.reason
+
+
+@needs_fused_head
 def test_padding_that_is_seen_is_not_cut(proven, qwen3):
     # Of both ways only one that keeps all columns gives the same.
     make_leaky(qwen3)
@@ -238,9 +251,11 @@ def test_proof_leaves_no_trace(trainer_of, tokenizer):
     flags = [module.training for module in model.modules()]
     assert any(flags) and not all(flags)
     values = [parameter.detach().clone() for parameter in model.parameters()]
-    state = torch.get_rng_state()
+    state, has_graph = torch.get_rng_state(), []
+    model.register_forward_pre_hook(lambda module, args: has_graph.append(torch.is_grad_enabled()))
     trainer._find_way()
     assert trainer._scorer.way == "packed"
+    assert has_graph and not any(has_graph)
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in model.modules()] == flags
     assert all((parameter.grad == 2.0).all() for parameter in model.parameters())
@@ -385,21 +400,22 @@ def test_stub_has_a_backward_pass_of_zero(way, trainer_of, qwen3):
     trainer, seen = trainer_of(qwen3), []
     trainer._find_way()
     trainer._scorer.way = way
-    qwen3.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )
-    layout = trainer._scorer.layout(MASK, torch.zeros_like(WANTED))
+    qwen3.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    mask = MASK * torch.tensor([[0], [1], [1]])  # where it is taken from there is but padding
+    layout = trainer._scorer.layout(mask, torch.zeros_like(WANTED))
     assert layout.is_stub
     base, entropy = torch.arange(12.0).view(3, 4), torch.tensor(1.25)
     ids = tokens_of(qwen3.config.vocab_size)
     logps, entropies, *_ = trainer._scorer(
-        trainer.model, ids, MASK, 4, layout, logps=base, entropy=entropy, compute_entropy=True
+        trainer.model, ids, mask, 4, layout, logps=base, entropy=entropy, compute_entropy=True
     )
-    assert seen == [(1, 2)]
+    (given,) = seen
+    assert given["input_ids"].shape == (1, 2)
+    assert given.get("attention_mask") is None or given["attention_mask"].all()
     assert torch.equal(logps, base) and (entropies == 1.25).all()
     logps.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in trainer.model.parameters())
-    assert not trainer._scorer(trainer.model, ids, MASK, 4, layout, compute_entropy=True)[1].any()
+    assert not trainer._scorer(trainer.model, ids, mask, 4, layout, compute_entropy=True)[1].any()
 
 
 @needs_fused_head

@@ -515,6 +515,7 @@ def test_a_step_reward_is_a_reward(model_path, dataset, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timing
 def test_the_metrics_cost_at_most_two_percent_of_the_loss_step(tokenizer, dataset, tmp_path, monkeypatch):
     torch.manual_seed(0)
     make_model(tokenizer, hidden_size=256, layers=4).save_pretrained(tmp_path / "model")

@@ -241,7 +241,8 @@ def has_images(arguments: dict[str, Any]) -> bool:
 
 
 def _implementation(model: nn.Module) -> str:
-    while not hasattr(model, "config"):
+    # DeepSpeed's engine has a `config` of its own.
+    while not isinstance(getattr(model, "config", None), PretrainedConfig):
         model = model.module
     return model.config.get_text_config()._attn_implementation
 

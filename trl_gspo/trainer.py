@@ -158,7 +158,7 @@ class GSPOTrainer(GRPOTrainer):
             is_half=self.accelerator.mixed_precision != "no" or self.model.dtype != torch.float32,
             routing=RoutingRecorder(find_routers(self.model)) if args.log_expert_change else None,
         )
-        self._is_new_rollout = self._awaits_old = False
+        self._is_new_rollout = self._awaits_old = self._said_way = False
         self._experts = self._mean_entropy = None
         if args.clip_fraction_target is not None:
             self.add_callback(
@@ -288,12 +288,15 @@ class GSPOTrainer(GRPOTrainer):
     def _find_way(self) -> None:
         if self._scorer.way is None:
             self._scorer.prove(self.model)
+        if not self._said_way:
+            self._said_way = True
             way = {
                 "packed": "only live tokens go through the model, packed without padding",
                 "cut": "rows are not packed, and padding is cut in each micro-batch",
                 "whole": "all tokens go through the model, padding and dead sequences too",
             }[self._scorer.way]
-            log = logger.info if self._scorer.way == "packed" else logger.warning
+            is_expected = self._scorer.way == "packed" or not self.args.pack_live_tokens
+            log = logger.info if is_expected else logger.warning
             log(f"Loss step: {way} ({self._scorer.reason}).")
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
@@ -385,8 +388,11 @@ class GSPOTrainer(GRPOTrainer):
                 batch["old_experts"] = experts
             if layout is not None and not layout.is_stub:
                 entropies.append(entropy.mean())
-        if entropies:
-            self._mean_entropy = torch.stack(entropies).mean()
+        # Of all ranks: one may have no live row.
+        total = torch.stack(entropies).sum() if entropies else torch.zeros((), device=self.accelerator.device)
+        total = self.accelerator.reduce(torch.stack([total, torch.full_like(total, len(entropies))]), reduction="sum")
+        if total[1] > 0:
+            self._mean_entropy = total[0] / total[1]
         steps = self.args.gradient_accumulation_steps
         steps = steps if len(batches) % steps == 0 else 1
         for first in range(0, len(batches) if self.model.training else 0, steps):
