@@ -116,7 +116,7 @@ def default_cases() -> list[Case]:
     cases += [Case(dtype="bfloat16", rows=16)]
     cases += [Case("tiny", longest=2048, micro_batch=size, rows=16) for size in (1, 8)]
     cases += [Case("tiny", "equal", 2048, 1, dead=0.0, rows=4)]
-    cases += [Case("tiny", longest=8192, micro_batch=size, dead=dead, rows=8) for size, dead in ((1, 0.5), (4, 0.0))]
+    cases += [Case("tiny", longest=8192, micro_batch=size, dead=dead, rows=4) for size, dead in ((1, 0.5), (2, 0.0))]
     cases += [Case("tiny", "equal", 8192, 1, dead=0.0, rows=2)]
     if torch.cuda.is_available():
         for model, longest, size in itertools.product(GPU_MODELS, (512, 2048, 8192), (1, 8)):

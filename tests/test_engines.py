@@ -2,13 +2,12 @@
 
 import collections
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from ranks import run_on_two_ranks
 from test_trainer import backward, build, make_batch, text
 from tiny import make_tokenizer, sorting_rows
 from transformers import AutoModelForCausalLM
@@ -171,20 +170,7 @@ def ranks(request, tokenizer, model_path, moe_path, tmp_path_factory):
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, *ends]
     model.save_pretrained(folder / "model")
     make_tokenizer().save_pretrained(folder / "model")
-    script = folder / "ranks.py"
-    root = Path(__file__).parents[1]
-    script.write_text(
-        "import sys\n"
-        f"sys.path[:0] = {[str(root / 'tests'), str(root / 'scripts'), str(root)]!r}\n"
-        "import conftest\n"
-        "from test_engines import train_on_rank\n"
-        f"train_on_rank({str(folder)!r}, {str(folder / 'model')!r})\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    # DeepSpeed compiles for a minute where it runs for the first time; ranks that wait for one another never end.
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert run.returncode == 0, run.stderr[-8000:]
+    run_on_two_ranks(train_on_rank, folder, folder, folder / "model")
     return [torch.load(folder / f"rank_{rank}.pt") for rank in range(2)]
 
 

@@ -7,8 +7,6 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from ranks import run_on_two_ranks
 from test_diagnostics import reference_metrics
 from test_objective import units_of
 from test_trainer import assert_all_equal, build, trained_tokens, weights
@@ -216,18 +215,7 @@ def record_distributed(folder, model_path):
 
 @pytest.mark.slow
 def test_two_processes_log_what_all_their_units_did(model_path, tmp_path):
-    script = tmp_path / "ranks.py"
-    root = Path(__file__).parents[1]
-    script.write_text(
-        "import sys\n"
-        f"sys.path[:0] = {[str(root / 'tests'), str(root / 'scripts'), str(root)]!r}\n"
-        "import conftest\n"
-        "from test_trainer_diagnostics import record_distributed\n"
-        f"record_distributed({str(tmp_path)!r}, {model_path!r})\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert run.returncode == 0, run.stderr[-4000:]
+    run_on_two_ranks(record_distributed, tmp_path, tmp_path, model_path)
 
     for name, script in TWO_PROCESSES.items():
         ranks, _, (log, _) = zip(*(torch.load(tmp_path / f"{name}-{rank}.pt") for rank in (0, 1)), strict=True)
