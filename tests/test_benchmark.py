@@ -148,7 +148,7 @@ def result(**changes):
         scoring_speed_by_wall=1.0,
         scoring_speed_by_cpu=1.0,
         stock_peak_bytes=100,
-        our_peak_bytes=100,
+        our_peak_bytes=2404,  # 72 for each of 32 rows
         stock_noise=1e-8,
         our_noise=1e-8,
         gradient_difference=1e-5,
@@ -186,7 +186,7 @@ def test_a_row_at_its_bounds_is_not_broken(changes):
             "speed-up 0.970, less than 0.98, where there is nothing to save",
         ),
         ({"model": "qwen2.5-7b"}, "speed-up 0.02 of the bound, less than 0.9"),
-        ({"our_peak_bytes": 101}, "memory: 101 bytes at the peak, stock 100"),
+        ({"our_peak_bytes": 2405}, "memory: 2405 bytes at the peak, stock 100"),
         ({"our_noise": 2e-8}, "noise 2.0e-08 nats, stock 1.0e-08"),
     ],
 )
@@ -216,13 +216,14 @@ def test_live_bytes_are_the_most_that_were_there_at_once():
         first = torch.zeros(1000)  # 4000 bytes
         second = first + before  # 8000
         view = second.view(10, 100)  # the same bytes
+        transposed = before.view(10, 100).t()  # was there
         assert live.most == 8000
         del first, second  # 4000: the view keeps the second
         third = torch.zeros(750)  # 7000
         assert live.most == 8000
         third.add_(1.0)
         fourth = torch.zeros(500)  # 9000
-    assert live.most == 9000 and len(view) == 10 and len(fourth) == 500
+    assert live.most == 9000 and len(view) == 10 and len(transposed) == 100 and len(fourth) == 500
 
 
 def test_a_round_is_the_ratio_of_sums(monkeypatch):

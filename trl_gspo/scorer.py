@@ -32,6 +32,8 @@ VISION = ("pixel_values", "image_grid_thw", "pixel_attention_mask", "image_sizes
 _EXACT_SHARE = 1e-4
 _HALF_SHARE = 0.25
 
+_NOTHING_TO_SAVE = 0.995  # of the tokens of a micro-batch
+
 # Longer windows of attention are not tried when it starts.
 _LONGEST_PROOF = 8192
 
@@ -146,6 +148,8 @@ class Scorer:
             packed = pack(attention_mask, is_wanted, keeps_all=needs_all)
             if packed is None or max(packed.lengths) > self._unproven_length:
                 return None
+            if len(packed.tokens) > _NOTHING_TO_SAVE * attention_mask.numel():
+                return None  # the indices of a pack would take more memory than it saves
             return packed.to(device)
         return cut(attention_mask, is_wanted, keeps_rows=has_images or needs_all)
 
