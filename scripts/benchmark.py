@@ -10,8 +10,8 @@ process.
 A row of the table is one rollout batch: forward and backward of its micro-batches, gradients added up, no optimizer.
 Stock and ours take turns at each micro-batch, so that whatever else the machine does meets both; a speed-up is the
 median over rounds. Weights are random and nothing is downloaded. Models named after Qwen2.5 have its shapes, run in
-bfloat16 with gradient checkpointing, and need a GPU: 8 GB for 0.5B, 140 GB for the two copies of 7B with their
-gradients. Left out: generation, rewards, several processes.
+bfloat16 with gradient checkpointing, and need a GPU: 8 GB for 0.5B, 120 GB for the two copies of 7B with their
+gradients, by arithmetic; they have not been run. Left out: generation, rewards, several processes.
 
 Exit codes: 0 done; 1 a bound of `--check` is broken, each named in one line; 2 bad input.
 """
