@@ -628,7 +628,8 @@ def draw(results: list[Result], output: Path) -> None:
     figure, axes = plt.subplots(figsize=(9, 1 + 0.28 * len(results)), constrained_layout=True)
     places = range(len(results))
     axes.barh(places, [result.speed for result in results], color="C0", label="measured")
-    axes.plot([result.bound for result in results], places, "|", color="black", markersize=12, label="bound: its tokens / tokens with gradient")
+    label = "bound: its tokens / tokens with gradient"
+    axes.plot([result.bound for result in results], places, "|", color="black", markersize=12, label=label)
     axes.axvline(1.0, color="0.5", linewidth=0.8)
     axes.set_yticks(places, [str(result.case) for result in results], fontsize="small")
     axes.invert_yaxis()
