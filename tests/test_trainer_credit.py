@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from ranks import run_on_two_ranks
+from ranks import run_on_ranks
 from test_credit import loop_credit
 from test_diagnostics import reference_metrics
 from test_objective import units_of
@@ -691,7 +691,7 @@ def train_distributed(output_dir, model_path, rows):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(model_path, dataset, tmp_path):
-    run_on_two_ranks(train_distributed, tmp_path, tmp_path / "two", model_path, 6)
+    run_on_ranks(train_distributed, tmp_path, tmp_path / "two", model_path, 6)
     two, two_logs = torch.load(tmp_path / "two" / "trained.pt")
 
     trainer, batches = train_distributed(str(tmp_path / "one"), model_path, 12)
