@@ -12,6 +12,7 @@ import random
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -332,13 +333,14 @@ def _shard(trainer: GSPOTrainer) -> None:
 def _whole_weights(trainer: GSPOTrainer) -> torch.Tensor:
     model = trainer.accelerator.unwrap_model(trainer.model)
     parameters = [one.full_tensor() if isinstance(one, DTensor) else one for one in model.parameters()]
-    is_sharded = any(hasattr(one, "ds_id") for one in parameters)
-    if is_sharded:
+    gathering = nullcontext()
+    sharded = [one for one in parameters if hasattr(one, "ds_id")]
+    if sharded:
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters(parameters):
-            return torch.cat([parameter.detach().flatten().cpu() for parameter in parameters])
-    return torch.cat([parameter.detach().flatten().cpu() for parameter in parameters])
+        gathering = deepspeed.zero.GatheredParameters(sharded)
+    with gathering:
+        return torch.cat([parameter.detach().flatten().cpu() for parameter in parameters])
 
 
 def _engine_of(trainer: GSPOTrainer) -> str:
