@@ -59,8 +59,9 @@ EVERY = [
     Case(*fields)
     for fields in itertools.chain(
         itertools.product(("one", "one_accumulating", *RANKS), MODELS, UNITS, ("mixed", "dead"), BOTH),
-        itertools.product(ADAPTED, MODELS, UNITS, ("mixed", "dead"), BOTH, (True,)),
-        itertools.product(OPTED, MODELS, UNITS, ("mixed",), BOTH, BOTH, ("kl", "target")),
+        itertools.product(ADAPTED, MODELS, UNITS, ("mixed",), BOTH, (True,)),
+        itertools.product(OPTED, MODELS, UNITS, ("mixed",), BOTH, (False,), ("kl", "target")),
+        itertools.product(OPTED, MODELS, ("sequence",), ("mixed",), BOTH, (True,), ("kl",)),
         itertools.product(OPTED, ("moe",), UNITS, ("mixed",), BOTH, (False,), ("router",)),
     )
 ]

@@ -132,7 +132,7 @@ class RatioStatistics:
         if changes is not None:
             changed, compared = changes
             metrics["gspo/expert_change_fraction"] = changed / compared if compared else math.nan
-        return metrics
+        return {name: float(value) for name, value in metrics.items()}
 
 
 def gather_units(
@@ -189,7 +189,7 @@ def ratio_metrics(units: dict[str, np.ndarray]) -> dict[str, float]:
     metrics["gspo/ratio/length_correlation"] = _correlation(live["log_ratio"], live["length"])
     metrics["gspo/kl_old"] = live["kl_old"].sum() / tokens if tokens else math.nan
     metrics["gspo/live_fraction"] = _mean(is_live)
-    return {name: float(value) for name, value in metrics.items()}
+    return metrics
 
 
 def _mismatch(units: dict[str, np.ndarray]) -> dict[str, float]:
