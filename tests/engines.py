@@ -140,6 +140,7 @@ SCRIPT = dict(
     max_grad_norm=0.4,
     lr_scheduler_type="constant",
     router_aux_loss_coef=0.0,
+    step_discount=0.9,
 )
 
 
@@ -210,20 +211,20 @@ def _is_live(ids: list[int]) -> bool:
 
 
 def outcome(completion_ids, **_):
-    return [_is_live(ids) * (sum(ids) % 7) / 7 for ids in completion_ids]
+    return [None if ids[0] % 9 == 5 else _is_live(ids) * (sum(ids) % 7) / 7 for ids in completion_ids]
 
 
 @turn_reward
 def turns(completion_ids, num_turns, **_):
     return [
-        [_is_live(ids) * ((sum(ids) + 7 * turn) % 5) / 2 for turn in range(count)]
+        None if ids[0] % 7 == 5 else [_is_live(ids) * ((sum(ids) + 7 * turn) % 5) / 2 for turn in range(count)]
         for ids, count in zip(completion_ids, num_turns, strict=True)
     ]
 
 
 @token_reward
 def tokens(completion_ids, **_):
-    return [[_is_live(ids) * (token % 3) / 10 for token in ids] for ids in completion_ids]
+    return [None if ids[0] % 7 == 5 else [_is_live(ids) * (token % 3) / 10 for token in ids] for ids in completion_ids]
 
 
 REWARDS = {"sequence": [outcome], "sequence_token": [outcome, tokens], "turn": [outcome, turns]}
@@ -286,6 +287,7 @@ def train(case: Case, models: Path, output_dir: Path) -> dict[str, Any]:
         pack_live_tokens=case.is_packed,
         log_expert_change=case.model == "moe",
         num_generations=4 if case.rollout == "dead" else 8,
+        reward_weights=[1.0, 0.5][: len(REWARDS[case.unit])],
     )
     if case.is_adapter:
         # Alphas that let the adapter move the ratio as far as whole weights do.

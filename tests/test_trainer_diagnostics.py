@@ -214,6 +214,7 @@ def record_distributed(folder, model_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_processes_log_what_all_their_units_did(model_path, tmp_path):
     run_on_ranks(record_distributed, tmp_path, tmp_path, model_path)
 
