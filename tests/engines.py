@@ -386,7 +386,9 @@ def run_cases(folder: str, models: str) -> None:
 
 # float32 has 6e-8; a gradient is a sum of thousands of such terms in another order, and Adam divides by its size.
 WEIGHTS, LOSS, GRAD_NORM = 1e-5, 1e-6, 1e-5
-METRIC = dict(rel=1e-4, abs=1e-6)
+METRIC = dict(rel=1e-4, abs=1e-6)  # of a metric
+# Rounding of the ratios over their spread, which is a few thousandths.
+CORRELATION = 1e-4
 
 CLOCKS = ("step_time", "runtime", "_per_second")
 
@@ -414,7 +416,7 @@ def differences(case: Case, results: list[dict], references: list[dict]) -> dict
     for entry, expected in pairs:
         for key in (entry.keys() | expected.keys()) - _legitimate(case, expected):
             if key not in found and not any(name in key for name in CLOCKS):
-                distances[key].append(_distance(entry.get(key), expected.get(key)))
+                distances[key].append(_distance(key, entry.get(key), expected.get(key)))
     return found | {key: _largest(values) for key, values in distances.items()}
 
 
@@ -423,11 +425,12 @@ def _largest(values: Iterable[float]) -> float:
     return max(math.inf if math.isnan(value) else abs(float(value)) for value in values)
 
 
-def _distance(value: float | None, expected: float | None) -> float:
+def _distance(key: str, value: float | None, expected: float | None) -> float:
     # A metric without a value in a window is None there, or absent.
     if value is None or expected is None:
         return 0.0 if value is expected else math.inf
-    return (value - expected) / (METRIC["abs"] + METRIC["rel"] * abs(expected))
+    least = CORRELATION if key.endswith("_correlation") else METRIC["abs"]
+    return (value - expected) / (least + METRIC["rel"] * abs(expected))
 
 
 def _legitimate(case: Case, expected: dict[str, float]) -> set[str]:
