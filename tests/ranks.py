@@ -64,6 +64,11 @@ def run_on_ranks(
     assert not any(codes), f"exit codes {codes}\n" + "\n".join(log.read_text()[-8000:] for log in logs)
 
 
+def run_on_two_ranks(function: Callable, folder: Path, *arguments) -> None:
+    """[`run_on_ranks`] on two of one machine."""
+    run_on_ranks(function, folder, *arguments)
+
+
 def _end(processes: list[subprocess.Popen]) -> None:
     running = [process for process in processes if process.poll() is None]
     for process in running:

@@ -161,7 +161,7 @@ def test_rows_of_each_step_are_those_of_one_process(case, results):
 @of_cases()
 def test_the_engine_is_what_it_says(case, results):
     for one in results(case):
-        expected = case.engine.removeprefix("two_machines_").replace("two_machines", "ddp")
+        expected = case.engine.removeprefix("cuda_").removeprefix("two_machines_").replace("two_machines", "ddp")
         assert one["engine"] == expected.replace("one_accumulating", "one")
         assert one["way"] == ("packed" if case.is_packed else "whole")
 

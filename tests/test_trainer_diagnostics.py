@@ -15,7 +15,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from ranks import run_on_ranks
+from ranks import run_on_two_ranks
 from test_diagnostics import reference_metrics
 from test_objective import units_of
 from test_trainer import assert_all_equal, build, trained_tokens, weights
@@ -216,7 +216,7 @@ def record_distributed(folder, model_path):
 @pytest.mark.slow
 @pytest.mark.exhaustive
 def test_two_processes_log_what_all_their_units_did(model_path, tmp_path):
-    run_on_ranks(record_distributed, tmp_path, tmp_path, model_path)
+    run_on_two_ranks(record_distributed, tmp_path, tmp_path, model_path)
 
     for name, script in TWO_PROCESSES.items():
         ranks, _, (log, _) = zip(*(torch.load(tmp_path / f"{name}-{rank}.pt") for rank in (0, 1)), strict=True)
