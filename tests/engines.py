@@ -94,6 +94,7 @@ def _zero(stage: int) -> dict[str, Any]:
 # four of 3.
 ROWS, RANKS, STEPS = 3, 2, 4
 _ALL_ROWS = dict(per_device_train_batch_size=RANKS * ROWS)
+# A mesh of one GPU goes through the same code.
 _GPUS = 1 if torch.cuda.device_count() == 1 else 2
 ENGINES = {
     "one": Engine(_ALL_ROWS, launched=0),
