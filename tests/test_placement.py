@@ -79,8 +79,8 @@ def read(config, model, monkeypatch, gpus=1, **options):
     return training_args, model_args
 
 
-# Configuration, GPUs and their size; whether it is refused, warned of, or found to fit; what is said of it; and what is
-# proposed in its place.
+# Configuration, GPUs and their size; whether it is refused, warned of, or found to fit; what is said of it, and what
+# is proposed in its place.
 TABLE = [
     ("qwen7b", 1, GPU_24, "refused", "at least 113.5 GiB", ["qwen7b_qlora.yaml"]),
     ("qwen7b", 1, GPU_40, "refused", "at least 113.5 GiB", ["zero3_offload.json`", "qwen7b_qlora.yaml", "8 GPUs"]),

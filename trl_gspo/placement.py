@@ -1,4 +1,4 @@
-"""Where a run is placed: the engine and GPUs that it starts on, and whether it fits there, before anything is loaded."""
+"""Where a run is placed: the engine and GPUs that it starts on, and whether it fits there, before it is loaded."""
 
 import os
 import socket
@@ -307,9 +307,7 @@ def alternatives(run: Run, config_file: str | None = None, num_generations: int 
                 layers = replace(_offloaded(run), gathers=False)
                 found.append((f"{offload} --ds3_gather_for_generation false` {memory}, with slow rollouts", layers))
         if run.engine == "zero3" and run.gathers and not run.in_vllm:
-            found.append(
-                ("`--ds3_gather_for_generation false`, whose rollouts are slow", replace(run, gathers=False))
-            )
+            found.append(("`--ds3_gather_for_generation false`, whose rollouts are slow", replace(run, gathers=False)))
         for name, other in _beside(config_file, run):
             found.append((f"`--config {name}`", other))
     # Half of the micro-batches' rows is half of the rollout's.

@@ -50,9 +50,9 @@ def check_saving(training_args: GSPOConfig, model_args: ModelConfig, merge_adapt
         raise ValueError("`merge_adapter=True` needs an adapter: set `use_peft=True`, or leave it out.")
     if merge_adapter and (model_args.load_in_4bit or model_args.load_in_8bit):
         raise ValueError(
-            "`merge_adapter=True` with a quantized model: the adapter was trained on rounded weights, and a merge into "
-            "the whole ones is another model than the one that was trained. Leave it out, and load the adapter on the "
-            "quantized model; or merge it into the whole model, if you want that, with "
+            "`merge_adapter=True` with a quantized model: the adapter was trained on rounded weights, and a merge "
+            "into the whole ones is another model than the one that was trained. Leave it out, and load the adapter on "
+            "the quantized model; or, if that other model is what you want, make it of what was saved with "
             "`trl_gspo.saving.merge_adapter`."
         )
 
@@ -68,7 +68,7 @@ def merge_adapter(
     """
     Adds an adapter to the weights it was trained on, and saves the sum as a model of its own, with the tokenizer.
 
-    In one process and in the host's memory, from what is on disk: so it is the same for every engine, and needs no GPU.
+    In one process and in the host's memory, from what is on disk: the same for every engine, and without a GPU.
 
     Args:
         adapter (`str` or `Path`): folder of the adapter: a run's `output_dir` or one of its checkpoints.
