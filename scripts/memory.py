@@ -12,6 +12,7 @@ import argparse
 import sys
 import warnings
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -104,6 +105,7 @@ WAYS = (
 )
 
 
+@cache
 def read_models() -> dict[str, tuple[ModelShape, int]]:
     """Shape of each model, and the parameters of an adapter of rank 16 on all of its linear layers."""
     models = {}

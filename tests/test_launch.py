@@ -76,7 +76,7 @@ def test_accelerate_reads_its_file(name, monkeypatch):
     assert args.nproc_per_node == "8"
     if machines > 1:
         assert (args.nnodes, args.node_rank) == ("2", 1)
-        assert (args.master_addr, args.master_port) == ("host", "29500")
+        assert (args.rdzv_backend, args.rdzv_endpoint) == ("static", "host:29500")
 
 
 def test_fsdp2_is_what_accelerate_makes_of_its_file(monkeypatch):
@@ -210,7 +210,7 @@ exit $((a | b))
 """
 SCONTROL = """#!/usr/bin/env bash
 [[ "$*" == "show hostnames node[1-2]" ]] || exit 9
-printf '127.0.0.1\\nnode2\\n'
+printf '127.0.0.1\\n' && sleep 0.2 && printf 'node2\\n'
 """
 RECORDER = """#!/usr/bin/env bash
 printf '%s\\n' "$@" > "$PLACED/words_$SLURM_NODEID"

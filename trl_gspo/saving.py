@@ -51,8 +51,8 @@ def check_saving(training_args: GSPOConfig, model_args: ModelConfig, merge_adapt
     if merge_adapter and (model_args.load_in_4bit or model_args.load_in_8bit):
         raise ValueError(
             "`merge_adapter=True` with a quantized model: the adapter was trained on rounded weights, and a merge "
-            "into the whole ones is another model than the one that was trained. Leave it out, and load the adapter on "
-            "the quantized model; or, if that other model is what you want, make it of what was saved with "
+            "into the whole ones is another model than the one that was trained. Leave it out, and load the adapter "
+            "on the quantized model; or, if that other model is what you want, make it of what was saved with "
             "`trl_gspo.saving.merge_adapter`."
         )
 
