@@ -522,7 +522,7 @@ def main(argv: list[str]) -> int:
             model_args.model_name_or_path,
             model_args.model_revision,
             model_args.dtype,
-            training_args.trust_remote_code,
+            getattr(training_args, "trust_remote_code", False),
         )
         print(f"{'merged':12}{output_dir / 'merged'}")
     return 0

@@ -196,6 +196,18 @@ def test_a_file_starts_what_it_says(name, model_path, tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
+@pytest.mark.exhaustive
+def test_deepspeed_of_the_training_configuration_wins(model_path, tmp_path):
+    argv, environment = training(tmp_path, model_path)
+    on_cpu("zero3", tmp_path)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", on_cpu("zero1", tmp_path)]
+    command += ["--main_process_port", free_port(), str(ROOT / "scripts" / "train.py"), *argv]
+    command += ["--deepspeed", str(tmp_path / "zero3.json")]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert [one["zero"]["stage"] for one in seen_by_ranks(tmp_path)] == [3, 3]
+
+
 # SLURM: its commands are stood in for, by ones that start a task on each "machine", as srun would.
 
 SRUN = """#!/usr/bin/env bash

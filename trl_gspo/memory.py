@@ -205,8 +205,9 @@ def estimate(shape: ModelShape, run: Run) -> Memory:
     gradients = trained * stored / (run.gpus if run.engine in ("zero2", "zero3", "fsdp2") else 1)
     optimizer = trained * (kept + states) / (run.gpus if is_zero or run.engine == "fsdp2" else 1)
     # An engine may drop or move the gradients of other GPUs' weights before an update.
-    needed_gradients = gradients if run.engine != "zero1" else gradients / run.gpus
-    needed_optimizer = optimizer if run.state_bytes is not None else 0.0
+    is_known = run.state_bytes is not None  # others may use gradients up as they come
+    needed_gradients = (gradients if run.engine != "zero1" else gradients / run.gpus) if is_known else 0.0
+    needed_optimizer = optimizer if is_known else 0.0
 
     host = 0.0
     if run.offloads_optimizer:

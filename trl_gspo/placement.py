@@ -296,10 +296,10 @@ def alternatives(run: Run, config_file: str | None = None, num_generations: int 
     """What to try in place of a run that does not fit, as options of the script."""
     found, folder = [], "configs/deepspeed"
     if run.trained is None:
-        if run.engine != "zero3" and run.gpus > 1:
+        if run.engine in ("ddp", "zero1", "zero2") and run.gpus > 1:
             sharded = replace(run, engine="zero3", weight_bytes=2)
             found.append((f"`--deepspeed {folder}/zero3.json`", sharded))
-        if run.engine in ("ddp", "zero3") and not run.offloads_optimizer:
+        if run.engine != "fsdp2" and not run.offloads_optimizer:
             offload = f"`--deepspeed {folder}/zero3_offload.json"
             memory = "with {host} of host memory, for all GPUs together"
             found.append((f"{offload}` {memory}", _offloaded(run)))
@@ -331,8 +331,9 @@ def _beside(config_file: str | None, run: Run) -> list[tuple[str, Run]]:
             engine="ddp",
             weight_bytes=4 if options.get("dtype", "float32") == "float32" else 2,
             bits=4 if options.get("load_in_4bit") else 8 if options.get("load_in_8bit") else None,
-            # An adapter of rank 16 on all linear layers of a 7B model has 40M.
+            # More than enough: of rank 16 on all linear layers of a 7B model it has 40M.
             trained=10**8,
+            has_reference=False,
             offloads_optimizer=False,
             offloads_weights=False,
             micro_batch_rows=rows,
