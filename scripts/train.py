@@ -165,14 +165,16 @@ class ScriptArguments:
 class Parser(TrlParser):
     """TRL's parser, which also names the nearest known option for an unknown one, and checks the types in the YAML."""
 
-    def __init__(self):
+    def __init__(self, starts: bool = False):
+        self.starts = starts  # the training arguments start the process group: what it needs has to stand before
         super().__init__((ScriptArguments, GSPOConfig, ModelConfig, HealthBounds), allow_abbrev=False)
 
     def parse_known_args(self, args=None, namespace=None):
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
             raise ValueError(self._unknown([word for word in unknown if word.startswith("-")] or unknown))
-        start_alone(namespace.deepspeed, namespace.use_cpu)
+        if self.starts:
+            start_alone(namespace.deepspeed, namespace.use_cpu)
         return namespace, unknown
 
     def error(self, message):
@@ -215,9 +217,9 @@ def config_file(argv: list[str]) -> str | None:
     return words[words.index("--config") + 1] if "--config" in words[:-1] else None
 
 
-def parse(argv: list[str]) -> tuple[ScriptArguments, GSPOConfig, ModelConfig, HealthBounds]:
+def parse(argv: list[str], starts: bool = False) -> tuple[ScriptArguments, GSPOConfig, ModelConfig, HealthBounds]:
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    script_args, training_args, model_args, bounds = Parser().parse_args_and_config(argv)
+    script_args, training_args, model_args, bounds = Parser(starts).parse_args_and_config(argv)
     if model_args.model_name_or_path is None:
         raise ValueError("`model_name_or_path` is not set: give a folder or a hub id.")
     return script_args, training_args, model_args, bounds
@@ -430,7 +432,7 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("trl_gspo").setLevel(logging.INFO)  # what goes through the model, and why
     try:
-        script_args, training_args, model_args, bounds = parse(argv)
+        script_args, training_args, model_args, bounds = parse(argv, starts=True)
         check_saving(training_args, model_args, script_args.merge_adapter)
         if script_args.memory_check:
             check_memory(training_args, model_args, config_file(argv))

@@ -68,9 +68,7 @@ def read(config, model, monkeypatch, gpus=1, **options):
     """The arguments of a configuration as `gpus` processes on GPUs would have them."""
     monkeypatch.chdir(ROOT)
     words = [part for key, value in options.items() for part in (f"--{key}", str(value))]
-    # Without the process group of ZeRO, nor of GPUs that were pretended before.
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    monkeypatch.setattr(train, "start_alone", lambda *_: None)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)  # of GPUs that were pretended before
     argv = ["--config", f"configs/{config}.yaml", "--model_name_or_path", model, "--use_cpu", "true", *words]
     _, training_args, model_args, _ = train.parse(argv)
     if training_args.deepspeed_plugin is not None:
@@ -255,6 +253,17 @@ def test_no_weights_are_read_nor_shared_out(qwen7b, monkeypatch):
     placement.read_shape(model_args, training_args)
     assert hf_deepspeed.is_deepspeed_zero3_enabled()
     assert not list(Path(qwen7b).glob("*.safetensors"))
+
+
+def test_deepspeed_of_a_configuration_can_be_left_out(qwen7b, monkeypatch):
+    training_args, model_args = read("qwen7b", qwen7b, monkeypatch, 1, deepspeed="")
+    assert training_args.deepspeed_plugin is None
+    assert placement.run_of(training_args, model_args, script.CONFIGS["Qwen2.5-7B"]).engine == "ddp"
+
+
+def test_parsing_alone_starts_nothing(qwen7b, monkeypatch):
+    read("qwen7b", qwen7b, monkeypatch, 1)
+    assert "LOCAL_RANK" not in os.environ and "MASTER_PORT" not in os.environ
 
 
 def test_alternatives_fit_better(qwen7b):
