@@ -88,10 +88,10 @@ CONFIGS = {
 }
 CARDS = (24, 48, 80, 141)
 GPUS = (1, 2, 4, 8, 16)
-# What torch sees of a card of that many GB: more on some (80 GB: 79 GiB), as little on others (24 GB: 22 GiB).
+# Of a card of that many GB. Assumed: cards of one name differ, and torch sees less than the name says.
 USABLE = 0.92 * GIB
 
-# In the order in which to take them: the first that fits. Name, engine, and what differs from full fine-tuning.
+# In the order in which to take them, by our guess at their speed: the first that fits. Name, engine, and what differs from full fine-tuning.
 WAYS = (
     ("DDP", dict(engine="ddp", weight_bytes=4)),
     ("ZeRO-2", dict(engine="zero2")),
