@@ -91,7 +91,8 @@ GPUS = (1, 2, 4, 8, 16)
 # Of a card of that many GB. Assumed: cards of one name differ, and torch sees less than the name says.
 USABLE = 0.92 * GIB
 
-# In the order in which to take them, by our guess at their speed: the first that fits. Name, engine, and what differs from full fine-tuning.
+# In the order in which to take them, by our guess at their speed: the first that fits. Name, and what differs from
+# full fine-tuning on one GPU.
 WAYS = (
     ("DDP", dict(engine="ddp", weight_bytes=4)),
     ("ZeRO-2", dict(engine="zero2")),

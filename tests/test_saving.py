@@ -117,7 +117,14 @@ def test_merged_model_is_base_and_adapter(kind, dtype, model_path, moe_path, tok
 
 # Runs of two processes. The first are part of every run of the tests, the others of a long one.
 
-ADAPTER = dict(use_peft="true", lora_target_modules="all-linear", lora_r=4, merge_adapter="true", learning_rate=1e-2)
+ADAPTER = dict(
+    use_peft="true",
+    lora_target_modules="all-linear",
+    lora_r=4,
+    lora_dropout=0.0,
+    merge_adapter="true",
+    learning_rate=1e-2,
+)
 OFTEN = [("zero3", "dense", "lora"), ("zero3", "moe", "full"), ("ddp", "dense", "full")]
 ENGINES = ("ddp", "zero1", "zero2", "zero3")
 ALL = [(engine, kind, what) for engine in ENGINES for kind in ("dense", "moe") for what in ("full", "lora")]
