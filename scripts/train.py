@@ -44,7 +44,9 @@ from trl_gspo import GSPOConfig, GSPOTrainer
 from trl_gspo.callbacks import RewardProgressCallback, StopOnSignalCallback
 from trl_gspo.curves import CurvesCallback
 from trl_gspo.health import HealthBounds, HealthWatchCallback, alarms_of, non_finite_weight, reward_that_raised
+from trl_gspo.placement import check_memory, connect_deepspeed, start_alone
 from trl_gspo.rewards import check_columns, load_reward
+from trl_gspo.saving import check_saving, merge_adapter
 from trl_gspo.tasks import load_rows, to_prompts
 
 
@@ -88,6 +90,11 @@ class ScriptArguments:
             Whether to warn of what goes wrong, and to stop a run that is past saving, by the bounds `health_...`.
         curves (`bool`, *optional*, defaults to `True`):
             Whether to keep `curves.png` in `output_dir` current, if matplotlib is installed.
+        memory_check (`bool`, *optional*, defaults to `True`):
+            Whether to refuse a run whose weights and optimizer cannot fit on the GPUs, before anything is loaded, and
+            to warn of one whose rollouts or updates may not.
+        merge_adapter (`bool`, *optional*, defaults to `False`):
+            Whether to save the model with the adapter added to its weights, too, in `merged` in `output_dir`.
     """
 
     dataset_name: str | None = field(
@@ -135,6 +142,13 @@ class ScriptArguments:
         default=True,
         metadata={"help": "Whether to keep `curves.png` in `output_dir` current, if matplotlib is installed."},
     )
+    memory_check: bool = field(
+        default=True, metadata={"help": "Whether to refuse a run that cannot fit on the GPUs, before it is loaded."}
+    )
+    merge_adapter: bool = field(
+        default=False,
+        metadata={"help": "Whether to save the adapter merged into its model, too, in `merged` in `output_dir`."},
+    )
 
     def __post_init__(self):
         if isinstance(self.reward_kwargs, str):
@@ -151,13 +165,16 @@ class ScriptArguments:
 class Parser(TrlParser):
     """TRL's parser, which also names the nearest known option for an unknown one, and checks the types in the YAML."""
 
-    def __init__(self):
+    def __init__(self, starts: bool = False):
+        self.starts = starts  # the training arguments start the process group: what it needs has to stand before
         super().__init__((ScriptArguments, GSPOConfig, ModelConfig, HealthBounds), allow_abbrev=False)
 
     def parse_known_args(self, args=None, namespace=None):
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
             raise ValueError(self._unknown([word for word in unknown if word.startswith("-")] or unknown))
+        if self.starts:
+            start_alone(namespace.deepspeed, namespace.use_cpu)
         return namespace, unknown
 
     def error(self, message):
@@ -194,9 +211,15 @@ class Parser(TrlParser):
         return " ".join(messages)
 
 
-def parse(argv: list[str]) -> tuple[ScriptArguments, GSPOConfig, ModelConfig, HealthBounds]:
+def config_file(argv: list[str]) -> str | None:
+    """The YAML file that is named on the command line."""
+    words = [part for word in argv for part in word.split("=", 1)]
+    return words[words.index("--config") + 1] if "--config" in words[:-1] else None
+
+
+def parse(argv: list[str], starts: bool = False) -> tuple[ScriptArguments, GSPOConfig, ModelConfig, HealthBounds]:
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    script_args, training_args, model_args, bounds = Parser().parse_args_and_config(argv)
+    script_args, training_args, model_args, bounds = Parser(starts).parse_args_and_config(argv)
     if model_args.model_name_or_path is None:
         raise ValueError("`model_name_or_path` is not set: give a folder or a hub id.")
     return script_args, training_args, model_args, bounds
@@ -409,7 +432,11 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("trl_gspo").setLevel(logging.INFO)  # what goes through the model, and why
     try:
-        script_args, training_args, model_args, bounds = parse(argv)
+        script_args, training_args, model_args, bounds = parse(argv, starts=True)
+        check_saving(training_args, model_args, script_args.merge_adapter)
+        if script_args.memory_check:
+            check_memory(training_args, model_args, config_file(argv))
+        connect_deepspeed(training_args)
         checkpoint = find_checkpoint(script_args, training_args)
         rewards = [
             load_reward(name, (script_args.reward_kwargs or {}).get(name), training_args.max_completion_length)
@@ -489,6 +516,17 @@ def main(argv: list[str]) -> int:
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
     finish(trainer)
+    # By the first process alone, after the others have nothing left to wait for.
+    if script_args.merge_adapter and os.environ.get("RANK", "0") == "0":
+        merge_adapter(
+            output_dir,
+            output_dir / "merged",
+            model_args.model_name_or_path,
+            model_args.model_revision,
+            model_args.dtype,
+            getattr(training_args, "trust_remote_code", False),
+        )
+        print(f"{'merged':12}{output_dir / 'merged'}")
     return 0
 
 
