@@ -16,7 +16,8 @@ import train
 from tiny import sorting_rows, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_gspo.health import HealthBounds, alarms_of, non_finite_weight
+from trl_gspo.checkpoints import alarms_of
+from trl_gspo.health import HealthBounds, non_finite_weight
 from trl_gspo.objective import EPSILON_LOW
 
 
