@@ -2,23 +2,24 @@
 
 import json
 import random
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from ranks import run_on_two_ranks
 from tiny import sorting_rows
 from varied_reward import share_of_digits
 
 from trl_gspo import GSPOConfig, GSPOTrainer
-from trl_gspo.checkpoints import fault_of, list_checkpoints, options_of
 
 
-ROLLOUT = {"per_device_train_batch_size": 8, "num_generations": 4, "steps_per_generation": 4, "max_completion_length": 6}
+ROLLOUT = {
+    "per_device_train_batch_size": 8,
+    "num_generations": 4,
+    "steps_per_generation": 4,
+    "max_completion_length": 6,
+}
 DAYTIME = ("time", "per_second", "runtime")
 
 

@@ -108,6 +108,11 @@ class RunState(TrainerCallback):
                 "The stream of prompts ended and began anew before this checkpoint: where it stood is not known, and "
                 "the run goes on from its beginning."
             )
+        if args.sync_ref_model:
+            logger.warning(
+                "`sync_ref_model=True`: no checkpoint holds the reference model, and it starts from the original "
+                "weights again."
+            )
         # One order for each epoch, drawn where it begins.
         sampler = trainer._train_sampler
         if getattr(sampler, "shuffle", False):
