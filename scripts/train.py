@@ -309,11 +309,13 @@ def is_finished(checkpoint: str, training_args: GSPOConfig) -> bool:
 
 
 def has_model_of(checkpoint: str, output_dir: str) -> bool:
-    """Whether the run was ended at this checkpoint, with its model saved: `summary.json` is the last file."""
-    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
+    """Whether the run was ended at this checkpoint, and its model saved since: `summary.json` is the last file."""
+    state, summary = Path(checkpoint) / "trainer_state.json", Path(output_dir) / "summary.json"
+    if not summary.is_file() or summary.stat().st_mtime < state.stat().st_mtime:
+        return False
     try:
-        return json.loads((Path(output_dir) / "summary.json").read_text())["steps"] == state["global_step"]
-    except (FileNotFoundError, ValueError, KeyError):
+        return json.loads(summary.read_text())["steps"] == json.loads(state.read_text())["global_step"]
+    except (ValueError, KeyError):
         return False
 
 

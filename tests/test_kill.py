@@ -1,6 +1,6 @@
 """
-`scripts/train.py`, killed with SIGKILL while it trains, saves and generates, and resumed until it is done: nothing that
-was saved is lost, and what comes out is what an uninterrupted run gives, to the last bit.
+`scripts/train.py`, killed with SIGKILL while it trains, saves and generates, and resumed until it is done: nothing
+that was saved is lost, and what comes out is what an uninterrupted run gives, to the last bit.
 
 `PYTHONPATH=. python tests/test_kill.py SEED KILLS` prints each kill. What it runs is what the tests run.
 """
@@ -59,6 +59,7 @@ class Forked:
     """Starts runs without the time that imports take."""
 
     seconds_to_start = 1.0
+    codes = (0, -signal.SIGKILL)
 
     def __init__(self):
         path = os.pathsep.join([str(ROOT / "scripts"), str(ROOT)])
@@ -73,15 +74,18 @@ class Forked:
 
     def start(self, argv, log):
         print(json.dumps([argv, str(log)]), file=self._server.stdin, flush=True)
-        self.pid = int(self._server.stdout.readline())
+        self._pid = int(self._server.stdout.readline())
         return self
 
     def is_running(self):
         # The server reaps it: until then it is a zombie, which has no command line.
         try:
-            return bool(Path(f"/proc/{self.pid}/cmdline").read_bytes())
+            return bool(Path(f"/proc/{self._pid}/cmdline").read_bytes())
         except (FileNotFoundError, ProcessLookupError):
             return False
+
+    def kill(self):
+        os.kill(self._pid, signal.SIGKILL)
 
     def wait(self):
         return int(self._server.stdout.readline())
@@ -94,21 +98,34 @@ class Forked:
 
 
 class Launched:
-    """Starts runs as a user does."""
+    """Starts runs as a user does, in one process or with a launcher."""
 
     seconds_to_start = 8.0
+
+    def __init__(self, launcher=()):
+        self._launcher = launcher
+        self.codes = (0, 1) if launcher else (0, -signal.SIGKILL)  # torchrun's own, or the script's
 
     def start(self, argv, log):
         with log.open("a") as file:
             self._process = subprocess.Popen(
-                [sys.executable, str(ROOT / "scripts" / "train.py"), *argv],
+                [sys.executable, *self._launcher, str(ROOT / "scripts" / "train.py"), *argv],
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 cwd=ROOT,
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
             )
-        self.pid = self._process.pid
         return self
+
+    def kill(self):
+        if not self._launcher:
+            self._process.kill()
+            return
+        # One rank, as the kernel does where memory is short; torchrun ends the others.
+        workers = subprocess.run(
+            ["pgrep", "-P", str(self._process.pid)], capture_output=True, text=True
+        ).stdout.split()
+        os.kill(int(random.choice(workers or [self._process.pid])), signal.SIGKILL)
 
     def is_running(self):
         return self._process.poll() is None
@@ -164,13 +181,13 @@ class Victim:
         time.sleep(delay)
         was_running = process.is_running()
         if was_running:
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()
         code = process.wait()
-        assert code == (-signal.SIGKILL if was_running else 0) or code == 0, self.report()
+        assert code in self._starter.codes, self.report()
         self.look()
         cut_off = {step_of(path): fault_of(path) for path in list_checkpoints(self.output) if not is_complete(path)}
         self.kills.append({"phase": phase, "from": start, "newest": self.newest, "cut off": cut_off, "code": code})
-        return code == -signal.SIGKILL
+        return code != 0
 
     def finish(self):
         code = self._starter.start([*self._argv, "--resume"], self.log).wait()
@@ -261,6 +278,15 @@ def test_twenty_kills_lose_nothing(model_path, tmp_path):
     done = kill_and_resume(Launched(), tmp_path, model_path, seed, kills=20, steps=80)
     # Of five that aim at it, some hit the middle of the saving.
     assert any(kill["cut off"] for kill in done)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.slow
+def test_four_kills_of_one_of_two_ranks_lose_nothing(model_path, tmp_path):
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    kill_and_resume(Launched(torchrun), tmp_path, model_path, seed, kills=4, steps=32)
 
 
 if __name__ == "__main__":

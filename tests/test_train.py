@@ -284,11 +284,14 @@ def test_a_finished_run_is_not_trained_on(capsys, data, tmp_path):
     assert train.main([*argv, "--resume", "--max_steps", "9"]) == 2  # it goes on, to a model that is not there
 
 
-@pytest.mark.parametrize("summary", [None, '{"steps": 6}', '{"st'])
+@pytest.mark.parametrize("summary", [None, '{"steps": 6}', '{"st', "an earlier attempt"])
 def test_a_finished_run_without_its_model_goes_on_to_save_it(summary, capsys, data, tmp_path):
-    write_checkpoint(tmp_path, 8)
-    if summary is not None:
+    if summary == "an earlier attempt":
+        (tmp_path / "summary.json").write_text('{"steps": 8}')
+        os.utime(tmp_path / "summary.json", (0, 0))
+    elif summary is not None:
         (tmp_path / "summary.json").write_text(summary)
+    write_checkpoint(tmp_path, 8)
     argv = arguments(dataset_name=data, model_name_or_path="no/such", output_dir=tmp_path)
     assert train.main([*argv, "--resume"]) == 2
     assert "whose model was not saved to its end: that is done now." in capsys.readouterr().out

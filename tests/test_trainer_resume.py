@@ -24,7 +24,7 @@ DAYTIME = ("time", "per_second", "runtime")
 
 
 def make(model, folder, prompts=16, streams=False, peft=False, **options):
-    """A trainer of 10 steps. Two rollout batches of four optimizer steps each are an epoch; a log is of three steps."""
+    """A trainer of 10 steps: two rollout batches of four optimizer steps are an epoch, and a log is of three steps."""
     args = GSPOConfig(
         **{
             "output_dir": str(folder),
@@ -104,3 +104,134 @@ def test_going_on_is_as_if_it_had_not_been_stopped(variant, model_path, moe_path
         second = make(model, tmp_path / f"from {step}", **options)
         second.train(str(tmp_path / "run" / f"checkpoint-{step}"))
         check_same(second, expected)
+
+
+def go_on_with_two_ranks(model, folder):
+    options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "steps_per_generation": 8}
+    first = make(model, Path(folder, "run"), prompts=32, **options)
+    first.train()
+    expected = outcome(first)
+    for step in (3, 8):
+        second = make(model, Path(folder, f"from {step}"), prompts=32, **options)
+        second.train(str(Path(folder, "run", f"checkpoint-{step}")))
+        check_same(second, expected)
+    files = {path.name for path in Path(folder, "run", "checkpoint-3").iterdir()}
+    assert {"gspo_state_0.pt", "gspo_state_1.pt", "rng_state_0.pth", "rng_state_1.pth"} <= files
+
+
+@pytest.mark.slow
+def test_two_ranks_go_on_as_if_they_had_not_been_stopped(model_path, tmp_path):
+    run_on_two_ranks(go_on_with_two_ranks, tmp_path, model_path, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def run(model_path, tmp_path_factory):
+    """A run of 6 steps, and its folder."""
+    trainer = make(model_path, tmp_path_factory.mktemp("run"), max_steps=6)
+    trainer.train()
+    return trainer
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    """A copy of its folder that may be changed."""
+    shutil.copytree(run.args.output_dir, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def warnings_of(trainer, checkpoint, caplog):
+    caplog.clear()
+    with caplog.at_level("WARNING", "trl_gspo"):
+        trainer.train(checkpoint)
+    return caplog.text
+
+
+@pytest.mark.slow
+def test_what_differs_is_said_by_name_and_the_rollout_batch_is_sampled_anew(copy, model_path, caplog):
+    path = str(copy / "checkpoint-3")
+    assert options_of(path)["seed"] == 42
+    said = warnings_of(make(model_path, copy, max_steps=6), path, caplog)
+    assert "sampled anew" not in said and "does not go on as it was" not in said
+    said = warnings_of(make(model_path, copy, max_steps=6, seed=1), path, caplog)
+    assert "The run does not go on as it was: `seed` 42 in the checkpoint and 1 now. The place in the data" in said
+    assert "sampled anew" not in said
+    said = warnings_of(make(model_path, copy, max_steps=6, num_generations=8, prompts=32), path, caplog)
+    assert "`rows of train_dataset` 16 in the checkpoint and 32 now, `num_generations` 4 in the check" in said
+    assert "The rollout batch of steps 4 to 4 is sampled anew, from the same place in the data" in said
+    # The tensors of that batch have no log-probabilities of a reference model.
+    said = warnings_of(make(model_path, copy, max_steps=6, beta=0.04), path, caplog)
+    assert "`beta` 0.0 in the checkpoint and 0.04 now." in said and "The place in the data" not in said
+    assert "The rollout batch of steps 4 to 4 is sampled anew" in said
+    said = warnings_of(make(model_path, copy, max_steps=6, beta=0.04), str(copy / "checkpoint-4"), caplog)
+    assert "`beta` 0.0 in the checkpoint" in said and "sampled anew" not in said
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_trainer_keeps_the_place_in_the_data(copy, model_path, caplog):
+    path = copy / "checkpoint-1"
+    for name in ("checkpoint.json", "gspo_state_0.pt"):
+        (path / name).unlink()
+    trainer = make(model_path, copy, max_steps=6)
+    seen = []
+    sample, seen_at = trainer._generate_and_score_completions, seen.append
+
+    def watched(inputs):
+        seen_at((trainer.state.global_step, sorted({row["prompt"] for row in inputs})))
+        return sample(inputs)
+
+    trainer._generate_and_score_completions = watched
+    said = warnings_of(trainer, str(path), caplog)
+    assert "has no gspo_state_0.pt: it was saved by another trainer, by fewer processes or with" in said
+    assert "The rollout batch of steps 2 to 4 is sampled anew" in said
+    # Step 5 begins the second half of the prompts; TRL would have gone on with the first until step 6.
+    assert [step for step, _ in seen] == [1, 4] and not {*seen[0][1]} & {*seen[1][1]}
+
+
+@pytest.mark.slow
+def test_resuming_takes_the_last_whole_checkpoint(run, copy, model_path, caplog):
+    (copy / "checkpoint-6" / "optimizer.pt").write_bytes(b"")
+    (copy / "checkpoint-5" / "health.json").write_text('{"alarms": ["loss"]}')
+    trainer = make(model_path, copy, max_steps=6)
+    said = warnings_of(trainer, True, caplog)
+    assert "checkpoint-6 is passed over: optimizer.pt has 0 of" in said
+    assert "checkpoint-5 is passed over: it was saved near an alarm" in said
+    check_same(trainer, outcome(run))
+    with pytest.raises(ValueError, match="checkpoint-9` is not whole: trainer_state.json is missing"):
+        (copy / "checkpoint-9").mkdir()
+        trainer.train(str(copy / "checkpoint-9"))
+    with pytest.raises(ValueError, match="holds no checkpoint to resume from"):
+        make(model_path, copy / "new").train(True)
+
+
+@pytest.mark.slow
+def test_at_the_end_no_step_is_trained(run, copy, model_path):
+    trainer = make(model_path, copy, max_steps=6)
+    trainer.train(True)
+    assert trainer.state.global_step == 6
+    check_same(trainer, outcome(run))
+
+
+@pytest.mark.slow
+def test_the_best_mixture_of_experts_is_loaded_whole(moe_path, tmp_path):
+    options = {
+        "max_steps": 3, "eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4,
+        "load_best_model_at_end": True, "metric_for_best_model": "num_tokens", "greater_is_better": False,
+    }  # fmt: skip
+    trainer = make(moe_path, tmp_path, **options)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+    expected = type(trainer.model).from_pretrained(tmp_path / "checkpoint-1").state_dict()
+    assert all(torch.equal(weight, expected[name]) for name, weight in trainer.model.state_dict().items())
+
+
+@pytest.mark.slow
+def test_the_table_of_completions_is_that_of_the_uninterrupted_run(model_path, tmp_path):
+    import pandas
+
+    first = make(model_path, tmp_path / "run", max_steps=6, log_completions=True)
+    first.train()
+    second = make(model_path, tmp_path / "again", max_steps=6, log_completions=True)
+    second.train(str(tmp_path / "run" / "checkpoint-5"))
+    tables = [pandas.read_parquet(next((tmp_path / name).glob("completions/*6.parquet"))) for name in ("run", "again")]
+    assert len(tables[0]) == 32
+    pandas.testing.assert_frame_equal(*tables)

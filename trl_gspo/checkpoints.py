@@ -83,9 +83,8 @@ def is_complete(checkpoint: str | os.PathLike) -> bool:
 
 def alarms_of(checkpoint: str | os.PathLike) -> list[str]:
     """What was wrong when a checkpoint was saved, or soon after; empty if nothing was."""
-    return (_read_json(Path(checkpoint, _MARK), missing={}) or {"alarms": ["health.json is damaged"]}).get(
-        "alarms", []
-    )
+    content = _read_json(Path(checkpoint, _MARK), missing={"alarms": []})
+    return [f"{_MARK} is damaged"] if content is None else content["alarms"]
 
 
 def mark(checkpoint: Path, alarms: list[str]) -> None:

@@ -163,7 +163,7 @@ class GSPOTrainer(GRPOTrainer):
         )
         self._is_new_rollout = self._awaits_old = self._said_way = False
         self._experts = self._mean_entropy = None
-        self._train_sampler, self._is_restored = None, False
+        self._train_sampler, self._is_restored, self._is_loaded_in_part = None, False, False
         self._run_state = RunState(self)
         self.add_callback(self._run_state)
         if args.clip_fraction_target is not None:
@@ -205,6 +205,30 @@ class GSPOTrainer(GRPOTrainer):
                 raise ValueError(f"`resume_from_checkpoint={resume_from_checkpoint}` is not whole: {fault}.")
         self._run_state.checkpoint = resume_from_checkpoint or None
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        self._is_loaded_in_part = bool(load_result.missing_keys and load_result.unexpected_keys)
+        if not self._is_loaded_in_part:
+            super()._issue_warnings_after_load(load_result)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_the_rest(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_the_rest(self.state.best_model_checkpoint)
+
+    def _load_the_rest(self, checkpoint: str) -> None:
+        """
+        Loads weights that have other names in a file than in the model. transformers saves the experts of a mixture
+        one by one, has them in one tensor in the model, and does not translate where it resumes (transformers#48805):
+        the run would go on with the experts that it began with.
+        """
+        if self._is_loaded_in_part:
+            self._is_loaded_in_part = False
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            model.load_state_dict(type(model).from_pretrained(checkpoint, dtype="auto").state_dict())
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, *args: Any) -> tuple:
         # A checkpoint that is the end of its run: transformers would train a step more before it looks.
