@@ -2,16 +2,20 @@
 
 import json
 import random
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from ranks import run_on_two_ranks
 from tiny import sorting_rows
 from varied_reward import share_of_digits
 
 from trl_gspo import GSPOConfig, GSPOTrainer
+from trl_gspo.checkpoints import options_of
 
 
 ROLLOUT = {
@@ -150,19 +154,23 @@ def warnings_of(trainer, checkpoint, caplog):
 def test_what_differs_is_said_by_name_and_the_rollout_batch_is_sampled_anew(copy, model_path, caplog):
     path = str(copy / "checkpoint-3")
     assert options_of(path)["seed"] == 42
-    said = warnings_of(make(model_path, copy, max_steps=6), path, caplog)
+    said = warnings_of(make(model_path, copy, max_steps=6, save_strategy="no"), path, caplog)
     assert "sampled anew" not in said and "does not go on as it was" not in said
-    said = warnings_of(make(model_path, copy, max_steps=6, seed=1), path, caplog)
+    said = warnings_of(make(model_path, copy, max_steps=6, save_strategy="no", seed=1), path, caplog)
     assert "The run does not go on as it was: `seed` 42 in the checkpoint and 1 now. The place in the data" in said
     assert "sampled anew" not in said
-    said = warnings_of(make(model_path, copy, max_steps=6, num_generations=8, prompts=32), path, caplog)
+    said = warnings_of(
+        make(model_path, copy, max_steps=6, save_strategy="no", num_generations=8, prompts=32), path, caplog
+    )
     assert "`rows of train_dataset` 16 in the checkpoint and 32 now, `num_generations` 4 in the check" in said
     assert "The rollout batch of steps 4 to 4 is sampled anew, from the same place in the data" in said
     # The tensors of that batch have no log-probabilities of a reference model.
-    said = warnings_of(make(model_path, copy, max_steps=6, beta=0.04), path, caplog)
+    said = warnings_of(make(model_path, copy, max_steps=6, save_strategy="no", beta=0.04), path, caplog)
     assert "`beta` 0.0 in the checkpoint and 0.04 now." in said and "The place in the data" not in said
     assert "The rollout batch of steps 4 to 4 is sampled anew" in said
-    said = warnings_of(make(model_path, copy, max_steps=6, beta=0.04), str(copy / "checkpoint-4"), caplog)
+    said = warnings_of(
+        make(model_path, copy, max_steps=6, save_strategy="no", beta=0.04), str(copy / "checkpoint-4"), caplog
+    )
     assert "`beta` 0.0 in the checkpoint" in said and "sampled anew" not in said
 
 
