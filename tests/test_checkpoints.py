@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from accelerate import Accelerator
 from test_trainer_resume import make
+from transformers import TrainerCallback
 
 from trl_gspo import checkpoints
 from trl_gspo.checkpoints import (
@@ -313,21 +314,36 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
+class Filler(TrainerCallback):
+    """Leaves so many bytes on the disk once the first checkpoint is saved."""
+
+    def __init__(self, spare):
+        self._spare = spare
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            size = shutil.disk_usage(args.output_dir).free - self._spare
+            Path(args.output_dir, "filler").write_bytes(b"f" * size)
+
+
 @pytest.mark.slow
-def test_a_full_disk_costs_no_checkpoint_that_was_saved(small_disk, model_path, tmp_path):
+@pytest.mark.parametrize("spare", [0, 8_000, 90_000, 120_000, 200_000, 310_000, 350_000])
+def test_a_full_disk_costs_no_checkpoint_that_was_saved(spare, small_disk, model_path):
+    # A checkpoint takes 380 kB: weights 100, tokenizer, optimizer 190, our own 20.
     output = small_disk / "run"
-    trainer = make(model_path, output, save_steps=2)
+    trainer = make(model_path, output, max_steps=2, save_total_limit=1)
+    trainer.add_callback(Filler(spare))
     with pytest.raises(SavingError) as error:
         trainer.train()
-    assert "could not be saved" in str(error.value) and "the disk, a quota or a file is full" in str(error.value)
-    saved = list_checkpoints(output)
-    assert saved and all(map(is_complete, saved))
-    assert step_of(saved[0]) == trainer.state.global_step - 2
-    assert shutil.disk_usage(output).free > 100_000  # what was written of the one that failed is gone
-    shutil.rmtree(saved[-1])
-    second = make(model_path, output, save_steps=2, save_total_limit=1)
-    second.train(True)
-    assert second.state.global_step == 10 and steps(output) == [10]
+    assert "checkpoint-2 could not be saved" in str(error.value)
+    assert "the disk, a quota or a file is full" in str(error.value)
+    assert steps(output) == [1] and is_complete(output / "checkpoint-1")
+    # What was written of the other is gone.
+    assert shutil.disk_usage(output).free == pytest.approx(spare, abs=20_000)
+    (output / "filler").unlink()
+    again = make(model_path, output, max_steps=2, save_total_limit=1)
+    again.train(True)
+    assert steps(output) == [2] and is_complete(output / "checkpoint-2")
 
 
 @pytest.mark.slow

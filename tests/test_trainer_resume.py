@@ -212,6 +212,25 @@ def test_resuming_takes_the_last_whole_checkpoint(run, copy, model_path, caplog)
 
 
 @pytest.mark.slow
+def test_a_stream_that_began_anew_is_told_of(model_path, tmp_path, caplog):
+    make(model_path, tmp_path, streams=True).train()  # 16 prompts are 8 steps
+    said = {
+        step: warnings_of(make(model_path, tmp_path, streams=True), str(tmp_path / f"checkpoint-{step}"), caplog)
+        for step in (7, 9)
+    }
+    assert "The stream of prompts ended and began anew" not in said[7]
+    assert "The stream of prompts ended and began anew" in said[9]
+
+
+@pytest.mark.slow
+def test_what_is_asked_for_holds(copy, model_path, tmp_path):
+    trainer = make(model_path, tmp_path / "again", max_steps=6, save_steps=2, logging_steps=1)
+    trainer.train(str(copy / "checkpoint-3"))
+    assert sorted(path.name for path in (tmp_path / "again").glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [3, 4, 5, 6]
+
+
+@pytest.mark.slow
 def test_at_the_end_no_step_is_trained(run, copy, model_path):
     trainer = make(model_path, copy, max_steps=6)
     trainer.train(True)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import send_to_device
 from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 
@@ -99,11 +100,13 @@ class RunState(TrainerCallback):
         if checkpoint is None:
             return
         trainer = self._trainer
+        # transformers would log, evaluate and save as often as the checkpoint says, and only warn of it.
+        state.compute_steps(args, state.max_steps)
         # As transformers counts them; a stream has no length.
         is_stream = not has_length(train_dataloader)
         batches = state.max_steps if is_stream else len(train_dataloader) / args.gradient_accumulation_steps
         updates = max(math.ceil(batches), 1)
-        if is_stream and int(state.epoch or 0) > state.global_step // updates:
+        if is_stream and math.ceil(state.epoch or 0) > 1:
             logger.warning(
                 "The stream of prompts ended and began anew before this checkpoint: where it stood is not known, and "
                 "the run goes on from its beginning."
@@ -146,7 +149,9 @@ class RunState(TrainerCallback):
             return True
         if {*changed} & {"num_processes", *_BATCHES, *_ROLLOUT}:
             return True
-        saved = torch.load(path, map_location=trainer.accelerator.device, weights_only=True)
+        # Not straight to the device: torch takes "cpu:0", which a rank without a GPU has, for none.
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = send_to_device(saved, trainer.accelerator.device)
         trainer._rollout_step, trainer._max_units = saved["rollout_step"], saved["max_units"]
         trainer._mean_entropy = saved["mean_entropy"]
         trainer._metrics["train"].update(saved["metrics"])
