@@ -29,8 +29,8 @@ _TRAINER_STATE = "trainer_state.json"
 _STAGING = ".saving"
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# safetensors and torch pass on no error number, and torch's writer of archives not even its cause.
-_FULL_TEXTS = ("no space left", "os error 28", "disk quota", "file too large", "file write failed")
+# safetensors and torch pass on no error number, and torch's writer of archives only where it stopped.
+_FULL_TEXTS = ("no space left", "os error 28", "disk quota", "file too large", "file write failed", "unexpected pos")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.json")
 
 
@@ -57,6 +57,8 @@ def fault_of(checkpoint: str | os.PathLike) -> str | None:
     writes last on the main process, `trainer_state.json`.
     """
     checkpoint = Path(checkpoint)
+    # Before the manifest: where one is there, and a run is writing, so is the other.
+    state = _read_json(checkpoint / _TRAINER_STATE, missing={})
     manifest = _read_json(checkpoint / _MANIFEST, missing={})
     if manifest is None:
         return f"{_MANIFEST} is damaged"
@@ -70,7 +72,6 @@ def fault_of(checkpoint: str | os.PathLike) -> str | None:
         # Longer is right: a network disk may have told the main process an old length of another machine's file.
         if found < size:
             return f"{name} has {found} of {size} bytes"
-    state = _read_json(checkpoint / _TRAINER_STATE, missing={})
     if state is None or "global_step" not in state:
         return f"{_TRAINER_STATE} is {'damaged' if state is None else 'missing'}"
     return None
