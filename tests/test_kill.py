@@ -131,7 +131,7 @@ class Launched:
         return self._process.poll() is None
 
     def wait(self):
-        return self._process.wait(timeout=120)
+        return self._process.wait(timeout=300)
 
     def close(self):
         pass
@@ -164,11 +164,12 @@ class Victim:
         most = {"generating": 0.03, "training": 0.01, "saving": 0.08, "any": self._starter.seconds_to_start}
         delay = self._rng.uniform(0, most[phase])
         process = self._starter.start([*self._argv, *(["--resume"] if start or self.kills else [])], self.log)
-        deadline = time.monotonic() + 120
+        began, deadline = time.time_ns(), time.monotonic() + 240
 
         def is_there():
             if phase == "saving":
-                return any(step_of(path) > start for path in list_checkpoints(self.output))
+                # One that an earlier kill cut off lies there already, and is begun anew.
+                return any(step_of(path) > start and _changed(path) > began for path in list_checkpoints(self.output))
             with self.log.open("rb") as file:
                 file.seek(printed)
                 steps = re.findall(rb"^step (\d+)/", file.read(), re.M)
@@ -196,6 +197,13 @@ class Victim:
 
     def report(self):
         return "\n".join([*map(str, self.kills), self.log.read_text()[-6000:]])
+
+
+def _changed(path):
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def arguments(model, data, steps):
