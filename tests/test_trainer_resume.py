@@ -104,7 +104,7 @@ def test_going_on_is_as_if_it_had_not_been_stopped(variant, model_path, moe_path
     first.train()
     expected = outcome(first)
     assert any(not torch.equal(before[name], weight) for name, weight in expected[0].items())
-    for step in (3, 6) if variant != "plain" else (4, 8, 9, 10):
+    for step in (3, 6) if variant != "plain" else (3, 8, 9, 10):
         second = make(model, tmp_path / f"from {step}", **options)
         second.train(str(tmp_path / "run" / f"checkpoint-{step}"))
         check_same(second, expected)
