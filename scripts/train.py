@@ -14,10 +14,11 @@ after the damage: the output says which checkpoint is the last good one, and how
 false` turns it off; its bounds are the options `health_...`.
 
 Exit codes of this script: 0 done; 2 bad input, named in one line; 3 stopped by the health watch, or ended by weights
-that are not finite; 4 a reward function raised; 130 stopped by Ctrl-C, 143 by SIGTERM, both with a checkpoint; 1 any
-other error. Launchers have exit codes of their own (1 for all of ours but 0), and torchrun, which `accelerate launch`
-uses for several processes, kills the workers 30 seconds after it was told to stop. Where a step takes longer than
-that, signal a worker instead: all of them stop together.
+that are not finite; 4 a reward function raised; 5 a checkpoint or the model could not be saved, for a full disk most
+often, and those saved before are whole; 130 stopped by Ctrl-C, 143 by SIGTERM, both with a checkpoint; 1 any other
+error. Launchers have exit codes of their own (1 for all of ours but 0), and torchrun, which `accelerate launch` uses
+for several processes, kills the workers 30 seconds after it was told to stop. Where a step takes longer than that,
+signal a worker instead: all of them stop together. docs/resume.md says what a resumed run takes up.
 """
 
 import difflib
@@ -42,8 +43,19 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_gspo import GSPOConfig, GSPOTrainer
 from trl_gspo.callbacks import RewardProgressCallback, StopOnSignalCallback
+from trl_gspo.checkpoints import (
+    SavingError,
+    alarms_of,
+    fault_of,
+    is_complete,
+    is_disk_full,
+    last_good,
+    list_checkpoints,
+    save_model,
+    write_json,
+)
 from trl_gspo.curves import CurvesCallback
-from trl_gspo.health import HealthBounds, HealthWatchCallback, alarms_of, non_finite_weight, reward_that_raised
+from trl_gspo.health import HealthBounds, HealthWatchCallback, non_finite_weight, reward_that_raised
 from trl_gspo.placement import check_memory, connect_deepspeed, start_alone
 from trl_gspo.rewards import check_columns, load_reward
 from trl_gspo.saving import check_saving, merge_adapter
@@ -233,6 +245,12 @@ def find_checkpoint(script_args: ScriptArguments, training_args: GSPOConfig) -> 
     if training_args.resume_from_checkpoint is not None:
         if not os.path.isdir(training_args.resume_from_checkpoint):
             raise FileNotFoundError(f"`resume_from_checkpoint={training_args.resume_from_checkpoint}` is no folder.")
+        fault = fault_of(training_args.resume_from_checkpoint)
+        if fault is not None:
+            raise ValueError(
+                f"`resume_from_checkpoint={training_args.resume_from_checkpoint}` is not whole: {fault}. --resume in "
+                "its place goes on from the last whole checkpoint in `output_dir`."
+            )
         return training_args.resume_from_checkpoint
     output_dir = training_args.output_dir
     if os.path.isfile(output_dir):
@@ -242,7 +260,7 @@ def find_checkpoint(script_args: ScriptArguments, training_args: GSPOConfig) -> 
         good = last_good(checkpoints)
         for checkpoint in checkpoints[: checkpoints.index(good) if good else None]:
             alarms = ", ".join(alarms_of(checkpoint))
-            note = f"was saved near an alarm ({alarms})" if alarms else "is incomplete"
+            note = f"was saved near an alarm ({alarms})" if alarms else f"is incomplete ({fault_of(checkpoint)})"
             print(f"{checkpoint} {note} and passed over.")
         if good is not None:
             return str(good)
@@ -260,22 +278,6 @@ def find_checkpoint(script_args: ScriptArguments, training_args: GSPOConfig) -> 
             "another --output_dir, or start anew with --overwrite_output_dir, which deletes the checkpoints there."
         )
     return None
-
-
-def list_checkpoints(output_dir: str) -> list[Path]:
-    """The checkpoint folders of a run, newest first."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[-1]), reverse=True)
-
-
-def is_complete(checkpoint: Path) -> bool:
-    """Whether the Trainer finished writing a checkpoint: this file is its last."""
-    return (checkpoint / "trainer_state.json").is_file()
-
-
-def last_good(checkpoints: list[Path]) -> Path | None:
-    """The first complete one that the health watch has not marked."""
-    return next((path for path in checkpoints if is_complete(path) and not alarms_of(path)), None)
 
 
 def resume_command(argv: list[str], training_args: GSPOConfig, checkpoint: Path | None = None) -> str:
@@ -305,9 +307,13 @@ def advise(argv: list[str], training_args: GSPOConfig) -> str:
 
 def explain(error: Exception, trainer: GSPOTrainer, rewards: list) -> tuple[int, str]:
     """Exit code and cause of an error that ended the training; 1 and no cause where it is none that we know."""
+    if isinstance(error, SavingError):
+        return 5, str(error)
     culprit = reward_that_raised(error, rewards)
     if culprit is not None:
         return 4, f"{culprit} raised {type(error).__name__}: {error}".rstrip(".") + "."
+    if is_disk_full(error):  # of a table of completions, say
+        return 5, f"the disk, a quota or a file is full: {error}".rstrip(".") + "."
     if "CUDA error" in str(error):  # nothing on the GPU can be read any more
         return 1, "the GPU reported an error. While sampling, a device-side assert means that the weights hold NaN."
     weight = non_finite_weight(trainer.model)
@@ -323,6 +329,17 @@ def is_finished(checkpoint: str, training_args: GSPOConfig) -> bool:
     state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
     wanted = training_args.max_steps if training_args.max_steps > 0 else state["max_steps"]
     return state["global_step"] >= wanted
+
+
+def has_model_of(checkpoint: str, output_dir: str) -> bool:
+    """Whether the run was ended at this checkpoint, and its model saved since: `summary.json` is the last file."""
+    state, summary = Path(checkpoint) / "trainer_state.json", Path(output_dir) / "summary.json"
+    if not summary.is_file() or summary.stat().st_mtime < state.stat().st_mtime:
+        return False
+    try:
+        return json.loads(summary.read_text())["steps"] == json.loads(state.read_text())["global_step"]
+    except (ValueError, KeyError):
+        return False
 
 
 def load_data(script_args: ScriptArguments, training_args: GSPOConfig):
@@ -447,8 +464,10 @@ def main(argv: list[str]) -> int:
             for reward in rewards:
                 check_columns(reward, rows.column_names or list(next(iter(rows))))
         if checkpoint is not None and is_finished(checkpoint, training_args):
-            print(f"{checkpoint} is the end of this run. To train on, set a larger `max_steps`.")
-            return 0
+            if has_model_of(checkpoint, training_args.output_dir):
+                print(f"{checkpoint} is the end of this run. To train on, set a larger `max_steps`.")
+                return 0
+            print(f"{checkpoint} is the end of this run, whose model was not saved to its end: that is done now.")
         stop, health = StopOnSignalCallback(), HealthWatchCallback(bounds)
         # The watch after the signals: it has the last word on a checkpoint.
         callbacks = [ResumedLearningRateCallback(), stop, *([health] if script_args.health_watch else [])]
@@ -469,16 +488,7 @@ def main(argv: list[str]) -> int:
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)
     except Exception as error:
-        code, cause = explain(error, trainer, rewards)
-        if code == 3 and script_args.health_watch:
-            health.mark_untrusted(training_args, "not finite")
-        traceback.print_exc()
-        print(
-            f"\nThe run ended after step {trainer.state.global_step}{f': {cause}' if cause else '.'} "
-            f"{advise(argv, training_args)}",
-            file=sys.stderr,
-        )
-        return code
+        return fail(error, trainer, rewards, health, argv)
     if health.stopped is not None:
         trainer.accelerator.print(
             f"Stopped by the health watch at step {trainer.state.global_step}: {health.stopped}. "
@@ -495,24 +505,32 @@ def main(argv: list[str]) -> int:
         finish(trainer)
         return 128 + stop.signum
 
-    trainer.save_model(training_args.output_dir)
-    trainer.save_state()
     # A local path means nothing to a reader of the card, and is nobody's business.
     dataset_name = None if os.path.exists(script_args.dataset_name) else script_args.dataset_name
-    trainer.create_model_card(model_name=output_dir.name, dataset_name=dataset_name)
-    if trainer.is_world_process_zero():
-        args = training_args
-        summary = summarize(
-            trainer.state.log_history,
-            max(args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps, 1),
-            model=model_args.model_name_or_path,
-            output_dir=str(output_dir),
-            steps=trainer.state.global_step,
-            train_seconds=round(result.metrics["train_runtime"], 1),
-            seconds=round(time.time() - started, 1),
+    try:
+        save_model(
+            output_dir,
+            lambda folder: trainer.save_model(folder, _internal_call=True),
+            trainer.accelerator,
+            training_args.should_save,
         )
-        (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        report(summary)
+        trainer.save_state()
+        trainer.create_model_card(model_name=output_dir.name, dataset_name=dataset_name)
+        if trainer.is_world_process_zero():
+            args = training_args
+            summary = summarize(
+                trainer.state.log_history,
+                max(args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps, 1),
+                model=model_args.model_name_or_path,
+                output_dir=str(output_dir),
+                steps=trainer.state.global_step,
+                train_seconds=round(result.metrics["train_runtime"], 1),
+                seconds=round(time.time() - started, 1),
+            )
+            write_json(output_dir / "summary.json", summary)  # the last file: see `has_model_of`
+            report(summary)
+    except Exception as error:
+        return fail(error, trainer, rewards, health, argv)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
     finish(trainer)
@@ -528,6 +546,20 @@ def main(argv: list[str]) -> int:
         )
         print(f"{'merged':12}{output_dir / 'merged'}")
     return 0
+
+
+def fail(error: Exception, trainer: GSPOTrainer, rewards: list, health: HealthWatchCallback, argv: list[str]) -> int:
+    """Says what ended the run, and how to go on; returns the exit code."""
+    code, cause = explain(error, trainer, rewards)
+    if code == 3 and health in trainer.callback_handler.callbacks:
+        health.mark_untrusted(trainer.args, "not finite")
+    traceback.print_exc()
+    print(
+        f"\nThe run ended after step {trainer.state.global_step}{f': {cause}' if cause else '.'} "
+        f"{advise(argv, trainer.args)}",
+        file=sys.stderr,
+    )
+    return code
 
 
 def finish(trainer: GSPOTrainer) -> None:

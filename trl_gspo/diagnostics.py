@@ -53,6 +53,13 @@ class RatioStatistics:
     def __bool__(self) -> bool:
         return bool(self._units)
 
+    def state_dict(self) -> dict[str, list[Tensor]]:
+        """What was added since the last [`RatioStatistics.compute`], for a checkpoint."""
+        return {"units": self._units, "expert_changes": self._expert_changes}
+
+    def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
+        self._units, self._expert_changes = list(state["units"]), list(state["expert_changes"])
+
     @torch.no_grad()
     def update(
         self,
