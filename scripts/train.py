@@ -36,6 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from safetensors import SafetensorError
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import ProgressCallback, TrainerCallback
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
@@ -45,7 +46,8 @@ from trl_gspo.callbacks import RewardProgressCallback, StopOnSignalCallback
 from trl_gspo.curves import CurvesCallback
 from trl_gspo.health import HealthBounds, HealthWatchCallback, alarms_of, non_finite_weight, reward_that_raised
 from trl_gspo.rewards import check_columns, load_reward
-from trl_gspo.tasks import load_rows, to_prompts
+from trl_gspo.secrets import is_secret, without_secret_words
+from trl_gspo.tasks import columns_of, load_rows, to_prompts
 
 
 @dataclass
@@ -178,7 +180,8 @@ class Parser(TrlParser):
                 config[key] = [str(value)]
             elif isinstance(value, (list, dict)):
                 if type(value).__name__ not in hint:
-                    raise ValueError(f"`{key}: {value!r}` is a {type(value).__name__}, and `{key}` takes one value.")
+                    shown = "<hidden>" if is_secret(key) else repr(value)
+                    raise ValueError(f"`{key}: {shown}` is a {type(value).__name__}, and `{key}` takes one value.")
             # argparse converts a default, and so complains about a wrong one, only where it is a string. A boolean
             # stays one where text is expected: TRL reads `scale_rewards: false` so.
             elif isinstance(value, (int, float)) and not (isinstance(value, bool) and action.type is str):
@@ -190,12 +193,15 @@ class Parser(TrlParser):
         messages = []
         for word in words:
             near = difflib.get_close_matches(word.lstrip("-").split("=")[0].replace("-", "_"), known, n=1)
-            messages.append(f"`{word}` is not an option{f', did you mean `{near[0]}`?' if near else '.'}")
+            shown = word.split("=")[0] if near and is_secret(near[0]) else word
+            messages.append(f"`{shown}` is not an option{f', did you mean `{near[0]}`?' if near else '.'}")
         return " ".join(messages)
 
 
 def parse(argv: list[str]) -> tuple[ScriptArguments, GSPOConfig, ModelConfig, HealthBounds]:
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if argv[-1:] == ["--config"]:
+        raise ValueError("`--config` needs the path of a YAML file.")
     script_args, training_args, model_args, bounds = Parser().parse_args_and_config(argv)
     if model_args.model_name_or_path is None:
         raise ValueError("`model_name_or_path` is not set: give a folder or a hub id.")
@@ -257,7 +263,7 @@ def last_good(checkpoints: list[Path]) -> Path | None:
 
 def resume_command(argv: list[str], training_args: GSPOConfig, checkpoint: Path | None = None) -> str:
     """The command that goes on from `checkpoint`, by default the last good one, of the run that `argv` started."""
-    words = ["accelerate", "launch", sys.argv[0], *argv]
+    words = ["accelerate", "launch", sys.argv[0], *without_secret_words(argv)]
     if checkpoint is not None or training_args.resume_from_checkpoint is not None:
         # Of two the last wins; `true` means the same as `--resume`.
         return shlex.join([*words, "--resume_from_checkpoint", str(checkpoint or "true")])
@@ -394,7 +400,7 @@ def make_trainer(training_args, model_args, rewards, train_dataset, eval_dataset
             quantization_config=get_quantization_config(model_args),
             peft_config=get_peft_config(model_args),
         )
-    except OSError as error:  # transformers' own does not always name what it looked for
+    except (OSError, SafetensorError) as error:  # transformers' own does not always name what it looked for
         raise OSError(
             f"The model {model_args.model_name_or_path!r} or a reward model cannot be loaded: {error}"
         ) from error
@@ -410,6 +416,7 @@ def main(argv: list[str]) -> int:
     logging.getLogger("trl_gspo").setLevel(logging.INFO)  # what goes through the model, and why
     try:
         script_args, training_args, model_args, bounds = parse(argv)
+        sys.argv[1:] = without_secret_words(sys.argv[1:])  # which Weights & Biases uploads
         checkpoint = find_checkpoint(script_args, training_args)
         rewards = [
             load_reward(name, (script_args.reward_kwargs or {}).get(name), training_args.max_completion_length)
@@ -418,7 +425,7 @@ def main(argv: list[str]) -> int:
         train_dataset, eval_dataset = load_data(script_args, training_args)
         for rows in filter(None, (train_dataset, eval_dataset)):
             for reward in rewards:
-                check_columns(reward, rows.column_names or list(next(iter(rows))))
+                check_columns(reward, columns_of(rows))
         if checkpoint is not None and is_finished(checkpoint, training_args):
             print(f"{checkpoint} is the end of this run. To train on, set a larger `max_steps`.")
             return 0
