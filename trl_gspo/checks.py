@@ -14,7 +14,14 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoProcessor, PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
@@ -181,14 +188,17 @@ def _load_config(model: str, args: GSPOConfig) -> PretrainedConfig:
 
 def _load_processor(model: str, args: GSPOConfig) -> PreTrainedTokenizerBase | ProcessorMixin:
     revision = (args.model_init_kwargs or {}).get("revision")
+    options = dict(revision=revision, padding_side="left", trust_remote_code=args.trust_remote_code)
     try:
-        return AutoProcessor.from_pretrained(
-            model, revision=revision, padding_side="left", trust_remote_code=args.trust_remote_code
-        )
-    except (OSError, ValueError, ImportError):
-        raise
-    except Exception as error:  # the tokenizers package raises no class of its own
-        raise ValueError(f"The tokenizer of {model!r} cannot be loaded: {error}") from error
+        return AutoProcessor.from_pretrained(model, **options)
+    except Exception as error:
+        # After the tokenizer it has tried image processors and others, and complains of the last. The tokenizers
+        # package raises no class of its own.
+        try:
+            AutoTokenizer.from_pretrained(model, **options)
+        except Exception as cause:
+            raise ValueError(f"The tokenizer of {model!r} cannot be loaded: {cause}") from cause
+        raise error
 
 
 def _check_weights(folder: Path) -> None:
