@@ -25,6 +25,7 @@ import importlib.util
 import json
 import logging
 import os
+import pickle
 import shlex
 import shutil
 import signal
@@ -400,7 +401,11 @@ def make_trainer(training_args, model_args, rewards, train_dataset, eval_dataset
             quantization_config=get_quantization_config(model_args),
             peft_config=get_peft_config(model_args),
         )
-    except (OSError, SafetensorError) as error:  # transformers' own does not always name what it looked for
+    except (
+        OSError,
+        SafetensorError,
+        pickle.UnpicklingError,
+    ) as error:  # transformers' own does not always name what it looked for
         raise OSError(
             f"The model {model_args.model_name_or_path!r} or a reward model cannot be loaded: {error}"
         ) from error

@@ -329,6 +329,12 @@ class GSPOConfig(GRPOConfig):
         """As transformers', which hides `hub_token`; here secrets inside of `model_init_kwargs` and its like too."""
         return without_secrets(super().to_dict())
 
+    def __repr__(self) -> str:
+        # That of a dataclass, which TRL's is by inheritance, shows `hub_token`.
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
+
+    __str__ = __repr__
+
     # The Trainer pickles the arguments into `training_args.bin`, beside the weights that are uploaded. Where no token
     # is given, the hub's client takes `HF_TOKEN` or the one it is logged in with.
     def __getstate__(self) -> dict[str, Any]:
