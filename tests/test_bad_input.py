@@ -742,7 +742,7 @@ NOT_INSTALLED = [
     Row(
         "deepspeed configured and not installed",
         SCRIPT,
-        "[Dd]eep[Ss]peed",
+        "`deepspeed` is set, and DeepSpeed is not installed: `pip install deepspeed`",
         2,
         lambda w: {"deepspeed": str(ROOT / "configs" / "deepspeed" / "zero3.json")},
     ),
@@ -763,7 +763,7 @@ NOT_INSTALLED = [
     Row(
         "`load_in_4bit`, and bitsandbytes not installed",
         SCRIPT,
-        "bitsandbytes",
+        "4-bit quantization requires bitsandbytes: `pip install",
         2,
         lambda w: {"load_in_4bit": True, "use_peft": True},
     ),

@@ -133,7 +133,7 @@ def _check_installed(args: GSPOConfig) -> None:
         )
     optimizer = getattr(args.optim, "value", args.optim)
     of_bitsandbytes = ("bnb", "adamw_8bit", "lion_", "ademamix", "paged_")
-    if any(part in optimizer for part in of_bitsandbytes) and not _is_installed("bitsandbytes"):
+    if any(part in optimizer for part in of_bitsandbytes) and importlib.util.find_spec("bitsandbytes") is None:
         raise ImportError(
             f"`optim={optimizer!r}` needs bitsandbytes, which is not installed: `pip install bitsandbytes`, or take "
             "`optim='adamw_torch'`."
@@ -144,10 +144,6 @@ def _check_installed(args: GSPOConfig) -> None:
         )
     if args.fp16 and args.device.type == "cpu":
         raise ValueError("`fp16=True` needs a GPU, and this run is on the CPU: set `fp16=False`.")
-
-
-def _is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
 
 
 def _check_rollout_batch(args: GSPOConfig, train_dataset: Dataset | IterableDataset | None) -> None:

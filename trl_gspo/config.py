@@ -1,6 +1,7 @@
 """`GSPOConfig`: TRL's `GRPOConfig` with GSPO's defaults, what is refused, and what is warned of."""
 
 import copy
+import importlib.util
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -125,6 +126,7 @@ class GSPOConfig(GRPOConfig):
             (`ddp_timeout`) torch ends the ranks that wait for this one, with an error that names nobody.
 
     Raises:
+        ImportError: if `deepspeed` is set and not installed.
         ValueError: if an epsilon is not finite or not in (0, 1), if `step_discount` is not in (0, 1], if `loss_type`
             or `importance_sampling_level` is not GSPO's, if an option is set that only a refused loss type reads;
             if `num_generations` is below 2, or `reward_timeout` not above 0;
@@ -247,7 +249,7 @@ class GSPOConfig(GRPOConfig):
             logger.warning_once(message)
 
     def _refuse(self) -> None:
-        """Raises `ValueError` for what is not GSPO."""
+        """Raises `ValueError` for what is not GSPO, and `ImportError` for what is not installed."""
         check_epsilon("epsilon", self.epsilon)
         if self.epsilon_high is not None:
             check_epsilon("epsilon_high", self.epsilon_high)
@@ -266,6 +268,11 @@ class GSPOConfig(GRPOConfig):
         is_number = isinstance(self.step_discount, (int, float)) and not isinstance(self.step_discount, bool)
         if not (is_number and 0 < self.step_discount <= 1):
             raise ValueError(f"`step_discount` must be a number in (0, 1], got {self.step_discount!r}.")
+        if self.deepspeed and importlib.util.find_spec("deepspeed") is None:
+            raise ImportError(
+                "`deepspeed` is set, and DeepSpeed is not installed: `pip install deepspeed`, or take a configuration "
+                "without it."
+            )
         if self.hub_token == placeholder("hub_token"):
             raise ValueError(
                 f"`hub_token={self.hub_token!r}` is what logs show in place of a token: give the token itself, or "

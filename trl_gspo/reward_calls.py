@@ -133,7 +133,7 @@ def check_rewards(name: str, rewards: Any) -> list[float | None]:
                 f"The reward function {name!r} returned {_shown(reward)} for completion {index}: it must be a number, "
                 "or `None` where the reward does not apply."
             )
-        if reward is not None and not math.isnan(reward) and abs(reward) > _LARGEST:
+        if reward is not None and abs(reward) > _LARGEST:  # false for NaN
             raise ValueError(
                 f"The reward function {name!r} returned {_shown(reward)} for completion {index}: it must be a finite "
                 "number in float32, or `None` where the reward does not apply. An infinite one would silence its "
