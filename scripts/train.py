@@ -14,10 +14,10 @@ after the damage: the output says which checkpoint is the last good one, and how
 false` turns it off; its bounds are the options `health_...`.
 
 Exit codes of this script: 0 done; 2 bad input, named in one line; 3 stopped by the health watch, or ended by weights
-that are not finite; 4 a reward function raised, returned what is no reward, or took too long; 130 stopped by Ctrl-C,
-143 by SIGTERM, both with a checkpoint; 1 any other error. Launchers have exit codes of their own (1 for all of ours but
-0), and torchrun, which `accelerate launch` uses for several processes, kills the workers 30 seconds after it was told to
-stop. Where a step takes longer than that, signal a worker instead: all of them stop together.
+that are not finite; 4 a reward function raised, took too long, or returned what is no reward; 130 stopped by Ctrl-C,
+143 by SIGTERM, both with a checkpoint; 1 any other error. Launchers have exit codes of their own (1 for all of ours
+but 0), and torchrun, which `accelerate launch` uses for several processes, kills the workers 30 seconds after it was
+told to stop. Where a step takes longer than that, signal a worker instead: all of them stop together.
 """
 
 import difflib
