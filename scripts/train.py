@@ -30,6 +30,7 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 import typing
@@ -49,6 +50,10 @@ from trl_gspo.health import HealthBounds, HealthWatchCallback, alarms_of, non_fi
 from trl_gspo.rewards import check_columns, load_reward
 from trl_gspo.secrets import is_secret, without_secret_words
 from trl_gspo.tasks import columns_of, load_rows, to_prompts
+
+
+# For trackers to send the last they have.
+SECONDS_TO_LEAVE = 60.0
 
 
 @dataclass
@@ -518,5 +523,14 @@ def report(summary: dict) -> None:
     print(f"{'saved':12}{summary['output_dir']} (model, tokenizer, model card, trainer_state.json, summary.json)")
 
 
+def leave(code: int) -> typing.NoReturn:
+    """Ends the process, even if a reward function that took too long left threads that Python would wait for."""
+    if code == 4:
+        timer = threading.Timer(SECONDS_TO_LEAVE, os._exit, [code])
+        timer.daemon = True
+        timer.start()
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

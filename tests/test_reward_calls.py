@@ -83,8 +83,7 @@ def test_nan_is_said_once_for_each_function(caplog):
     first, second = (guard(lambda completions: [math.nan, 1.0, None], name, 10) for name in ("one", "two"))
     for function in (first, first, second):
         assert math.isnan(function(completions=[])[0])
-    said = [record.message for record in caplog.records]
-    assert [line.split(" completions")[0] for line in said] == [
+    assert [record.message.removeprefix("[RANK 0] ").split(" completions")[0] for record in caplog.records] == [
         f"The reward function {name!r} returned NaN for 1 of 3" for name in ("one", "two")
     ]
 
@@ -280,14 +279,12 @@ def test_what_no_exception_ends_ends_the_process_with_its_stack(name):
     assert "Timeout (0:00:00.600000)!" in run.stderr and f"in {name}" in run.stderr, run.stderr
 
 
-@pytest.mark.slow
-def test_a_function_that_hangs_on_one_rank_ends_both(model_path, tmp_path):
-    data = write_jsonl(tmp_path / "rows.jsonl", sorting_rows(32, seed=0))
+def command_line(model_path, folder, reward):
     options = dict(
-        dataset_name=data,
+        dataset_name=write_jsonl(folder / "rows.jsonl", sorting_rows(32, seed=0)),
         model_name_or_path=model_path,
-        output_dir=tmp_path / "run",
-        reward_funcs="tests.faulty_reward.waiting_on_rank_1",
+        output_dir=folder / "run",
+        reward_funcs=f"tests.faulty_reward.{reward}",
         reward_timeout=2,
         num_generations=4,
         per_device_train_batch_size=4,
@@ -297,12 +294,35 @@ def test_a_function_that_hangs_on_one_rank_ends_both(model_path, tmp_path):
         report_to="none",
         max_steps=4,
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(ROOT / "scripts" / "train.py")]
-    command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    run = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert run.returncode == 1  # torchrun's own, for whatever its workers return
-    assert "The reward function 'waiting_on_rank_1' took longer than 2 seconds" in run.stderr
-    assert re.search(r"exitcode +: 4 ", run.stderr), run.stderr
+    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
+
+
+def run(command):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120, env=environment)
+
+
+LEAVING = "import sys, train; train.SECONDS_TO_LEAVE = 1.0; train.leave(train.main(sys.argv[1:]))"
+
+
+@pytest.mark.slow
+def test_threads_that_hang_do_not_keep_the_process(model_path, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'scripts'}{os.pathsep}{os.environ['PYTHONPATH']}")
+    ended = run(["-c", LEAVING, *command_line(model_path, tmp_path, "waiting_in_threads")])
+    assert ended.returncode == 4
+    assert "'waiting_in_threads' took longer than 2 seconds" in ended.stderr
+
+
+@pytest.mark.slow
+def test_a_function_that_hangs_on_one_rank_ends_both(model_path, tmp_path):
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(ROOT / "scripts" / "train.py"),
+    ]
+    ended = run([*launcher, *command_line(model_path, tmp_path, "waiting_on_rank_1")])
+    assert ended.returncode == 1  # torchrun's own, for whatever its workers return
+    assert "The reward function 'waiting_on_rank_1' took longer than 2 seconds" in ended.stderr
+    assert re.search(r"exitcode +: 4 ", ended.stderr), ended.stderr

@@ -156,12 +156,12 @@ def _shown(value: Any) -> str:
 
 
 def _call_in_time(function: Callable, kwargs: dict[str, Any], seconds: float, message: str) -> Any:
-    is_over, here = False, inspect.currentframe()
+    is_over = False
 
     def interrupt(signum, frame):
         nonlocal is_over
         is_over = True
-        if frame is not here:  # in this frame the function has returned
+        if frame.f_code is not _call_in_time.__code__:  # there the function has returned
             raise RewardInterrupted
 
     can_interrupt = (
