@@ -45,6 +45,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_gspo import GSPOConfig, GSPOTrainer
 from trl_gspo.callbacks import RewardProgressCallback, StopOnSignalCallback
+from trl_gspo.checks import check_deepspeed_checkpoint
 from trl_gspo.curves import CurvesCallback
 from trl_gspo.health import HealthBounds, HealthWatchCallback, alarms_of, non_finite_weight, reward_that_raised
 from trl_gspo.rewards import check_columns, load_reward
@@ -445,6 +446,8 @@ def main(argv: list[str]) -> int:
         if script_args.curves and importlib.util.find_spec("matplotlib") is not None:
             callbacks.append(CurvesCallback())
         trainer = make_trainer(training_args, model_args, rewards, train_dataset, eval_dataset, callbacks)
+        if checkpoint is not None and trainer.is_deepspeed_enabled:
+            check_deepspeed_checkpoint(checkpoint)
     except (ValueError, OSError, ImportError, yaml.YAMLError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"train.py: {error}", file=sys.stderr)

@@ -19,6 +19,7 @@ from tiny import sorting_rows, write_jsonl
 from transformers import AutoConfig
 
 from trl_gspo import GSPOConfig
+from trl_gspo.checks import check_deepspeed_checkpoint
 from trl_gspo.secrets import is_secret, without_secret_words, without_secrets
 
 
@@ -161,6 +162,44 @@ def test_a_checkpoint_with_a_strange_pickle_runs_nothing(name, checkpoint, comma
     assert not ran.exists()
     if returned:
         assert "nsupported" in capsys.readouterr().err  # torch's, of what is not weights
+
+
+@pytest.fixture
+def of_deepspeed(tmp_path):
+    """A folder as DeepSpeed writes it, with what its ZeRO optimizers keep."""
+    pytest.importorskip("deepspeed")
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    folder = tmp_path / "checkpoint-4"
+    (folder / "global_step4").mkdir(parents=True)
+    (folder / "latest").write_text("global_step4")
+    kept = {"loss_scaler": LossScaler(1.0), "zero_stage": ZeroStageEnum(2), "slice": fragment_address(1, 2)}
+    torch.save(kept | {"weight": torch.ones(3)}, folder / "global_step4" / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    return folder
+
+
+def test_a_checkpoint_of_deepspeed_is_read_before_deepspeed_unpickles_it(of_deepspeed, ran):
+    check_deepspeed_checkpoint(of_deepspeed)
+    evil = of_deepspeed / "global_step4" / "mp_rank_00_model_states.pt"
+    for name in ("module", "loss_scaler"):
+        torch.save({name: Evil(ran), "weight": torch.ones(3)}, evil)
+        with pytest.raises(
+            ValueError, match="mp_rank_00_model_states.pt is damaged, or holds something that would be"
+        ):
+            check_deepspeed_checkpoint(of_deepspeed)
+        assert not ran.exists()
+    whole = evil.read_bytes()
+    evil.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="is damaged"):
+        check_deepspeed_checkpoint(of_deepspeed)
+
+
+def test_a_checkpoint_of_deepspeed_stays_in_its_folder(of_deepspeed):
+    (of_deepspeed / "latest").write_text("../elsewhere")
+    with pytest.raises(ValueError, match="names '../elsewhere', which is not a folder beside it"):
+        check_deepspeed_checkpoint(of_deepspeed)
 
 
 # ---- secrets

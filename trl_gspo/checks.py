@@ -6,10 +6,12 @@ TRL finds each of these later: after minutes of loading, in the middle of a run,
 
 import importlib.util
 import json
+import pkgutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from jinja2 import TemplateError
@@ -36,6 +38,9 @@ logger = get_logger(__name__)
 
 # Of these, transformers cannot tell whether they are installed.
 _UNKNOWN_INTEGRATIONS = {"azure_ml", "flyte"}
+
+# Where the classes are that its ZeRO optimizers keep in a checkpoint: loss scaler, stage, and address of a fragment.
+_OF_DEEPSPEED = ("deepspeed.runtime.", "deepspeed.utils.tensor_fragment.")
 
 # Bytes that a chat template may add to a prompt of one message, so that the short ones need not be rendered; and how
 # many prompts are tokenized at most, the longest. What is missed is found when it is rolled out.
@@ -100,6 +105,34 @@ def check_prompt_ids(prompt_ids: Sequence[Sequence[int]], config: PretrainedConf
                 f"A prompt has the token {max(ids)}, and the model's vocabulary ends at {vocabulary - 1}: use the "
                 "model's own tokenizer, or resize the embeddings (`model.resize_token_embeddings`)."
             )
+
+
+def check_deepspeed_checkpoint(checkpoint: str | Path) -> None:
+    """
+    Raises `ValueError` unless the files that DeepSpeed is going to unpickle hold tensors, plain values, and objects of
+    DeepSpeed's engines, and nothing else.
+
+    DeepSpeed opens its checkpoints with `weights_only=False`, and so runs whatever a file tells it to. Here each is
+    read before, without its tensors, by torch's unpickler for weights.
+
+    Args:
+        checkpoint (`str` or `Path`): a folder with `latest` and the folder that it names.
+    """
+    folder = Path(checkpoint)
+    latest = (folder / "latest").read_text().strip() if (folder / "latest").is_file() else ""
+    if latest and latest != Path(latest).name:
+        raise ValueError(f"{folder / 'latest'} names {latest!r}, which is not a folder beside it.")
+    for file in sorted(folder.rglob("*.pt")):
+        try:
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+            kinds = [pkgutil.resolve_name(name) for name in names if name.startswith(_OF_DEEPSPEED)]
+            with torch.serialization.safe_globals([kind for kind in kinds if isinstance(kind, type)]):
+                torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        except Exception as error:  # whatever a damaged file makes of it
+            raise ValueError(
+                f"{file} is damaged, or holds something that would be run when it is opened: go on only from "
+                f"checkpoints that your own runs wrote. {str(error).splitlines()[0]}"
+            ) from error
 
 
 def context_length(config: PretrainedConfig, args: GSPOConfig) -> int | None:
