@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,22 @@ def test_a_checkpoint_of_deepspeed_is_read_before_deepspeed_unpickles_it(of_deep
     evil.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="is damaged"):
         check_deepspeed_checkpoint(of_deepspeed)
+
+
+def test_what_a_module_of_deepspeed_imported_is_not_deepspeeds(of_deepspeed, ran, monkeypatch):
+    class Sneaky:
+        def __reduce__(self):
+            return subprocess.Popen, (["mkdir", str(ran)],)
+
+    module = "deepspeed.runtime.zero.config"
+    named = type("Popen", (), {"__module__": module, "__qualname__": "Popen"})
+    monkeypatch.setattr(f"{module}.Popen", named, raising=False)
+    torch.save({"a": named, "b": Sneaky()}, of_deepspeed / "global_step4" / "sneaky.pt")
+    monkeypatch.setattr(f"{module}.Popen", subprocess.Popen)
+    with pytest.raises(ValueError, match="sneaky.pt is damaged, or holds something"):
+        check_deepspeed_checkpoint(of_deepspeed)
+    time.sleep(0.5)
+    assert not ran.exists()
 
 
 def test_a_checkpoint_of_deepspeed_stays_in_its_folder(of_deepspeed):

@@ -125,8 +125,14 @@ def check_deepspeed_checkpoint(checkpoint: str | Path) -> None:
     for file in sorted(folder.rglob("*.pt")):
         try:
             names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-            kinds = [pkgutil.resolve_name(name) for name in names if name.startswith(_OF_DEEPSPEED)]
-            with torch.serialization.safe_globals([kind for kind in kinds if isinstance(kind, type)]):
+            kinds = {name: pkgutil.resolve_name(name) for name in names if name.startswith(_OF_DEEPSPEED)}
+            # Not what a module of DeepSpeed only imported, under whose own name torch would allow it.
+            own = [
+                kind
+                for name, kind in kinds.items()
+                if isinstance(kind, type) and f"{kind.__module__}.{kind.__qualname__}" == name
+            ]
+            with torch.serialization.safe_globals(own):
                 torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         except Exception as error:  # whatever a damaged file makes of it
             raise ValueError(
