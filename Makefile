@@ -2,6 +2,7 @@
 # make test-exhaustive    the long ones, of which `make test` runs a part
 # make demo    trains a tiny model with GSPO on this machine's CPU: SEED=1 for another one
 # make lint    ruff
+# make quality    ruff, and a look at the advisories for the installed packages; AUDIT=required fails without network
 # make test-oldest-trl    the tests that compare with TRL, on the oldest TRL of the supported range
 # The environment is made in .venv on first use, with the versions in .ci/constraints.txt.
 
@@ -13,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 
 OLDEST_TRL := 1.14.2
 
-.PHONY: test test-exhaustive test-oldest-trl demo lint clean
+.PHONY: test test-exhaustive test-oldest-trl demo lint audit quality clean
 
 $(VENV)/.done: pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +44,11 @@ demo: $(VENV)/.done
 lint: $(VENV)/.done
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+audit: $(VENV)/.done
+	$(VENV)/bin/python .ci/audit.py
+
+quality: lint audit
 
 clean:
 	rm -rf $(VENV) outputs

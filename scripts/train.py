@@ -14,11 +14,12 @@ after the damage: the output says which checkpoint is the last good one, and how
 false` turns it off; its bounds are the options `health_...`.
 
 Exit codes of this script: 0 done; 2 bad input, named in one line; 3 stopped by the health watch, or ended by weights
-that are not finite; 4 a reward function raised; 5 a checkpoint or the model could not be saved, for a full disk most
-often, and those saved before are whole; 130 stopped by Ctrl-C, 143 by SIGTERM, both with a checkpoint; 1 any other
-error. Launchers have exit codes of their own (1 for all of ours but 0), and torchrun, which `accelerate launch` uses
-for several processes, kills the workers 30 seconds after it was told to stop. Where a step takes longer than that,
-signal a worker instead: all of them stop together. docs/resume.md says what a resumed run takes up.
+that are not finite; 4 a reward function raised, took too long, or returned what is no reward; 5 a checkpoint or the
+model could not be saved, for a full disk most often, and those saved before are whole; 130 stopped by Ctrl-C, 143 by
+SIGTERM, both with a checkpoint; 1 any other error. Launchers have exit codes of their own (1 for all of ours but 0),
+and torchrun, which `accelerate launch` uses for several processes, kills the workers 30 seconds after it was told to
+stop. Where a step takes longer than that, signal a worker instead: all of them stop together. docs/resume.md says what
+a resumed run takes up.
 """
 
 import difflib
@@ -26,10 +27,12 @@ import importlib.util
 import json
 import logging
 import os
+import pickle
 import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 import typing
@@ -37,6 +40,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from safetensors import SafetensorError
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import ProgressCallback, TrainerCallback
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
@@ -54,12 +58,18 @@ from trl_gspo.checkpoints import (
     save_model,
     write_json,
 )
+from trl_gspo.checks import check_deepspeed_checkpoint
 from trl_gspo.curves import CurvesCallback
 from trl_gspo.health import HealthBounds, HealthWatchCallback, non_finite_weight, reward_that_raised
 from trl_gspo.placement import check_memory, connect_deepspeed, start_alone
 from trl_gspo.rewards import check_columns, load_reward
 from trl_gspo.saving import check_saving, merge_adapter
-from trl_gspo.tasks import load_rows, to_prompts
+from trl_gspo.secrets import is_secret, without_secret_words
+from trl_gspo.tasks import columns_of, load_rows, to_prompts
+
+
+# For trackers to send the last they have.
+SECONDS_TO_LEAVE = 60.0
 
 
 @dataclass
@@ -207,7 +217,8 @@ class Parser(TrlParser):
                 config[key] = [str(value)]
             elif isinstance(value, (list, dict)):
                 if type(value).__name__ not in hint:
-                    raise ValueError(f"`{key}: {value!r}` is a {type(value).__name__}, and `{key}` takes one value.")
+                    shown = "<hidden>" if is_secret(key) else repr(value)
+                    raise ValueError(f"`{key}: {shown}` is a {type(value).__name__}, and `{key}` takes one value.")
             # argparse converts a default, and so complains about a wrong one, only where it is a string. A boolean
             # stays one where text is expected: TRL reads `scale_rewards: false` so.
             elif isinstance(value, (int, float)) and not (isinstance(value, bool) and action.type is str):
@@ -219,7 +230,8 @@ class Parser(TrlParser):
         messages = []
         for word in words:
             near = difflib.get_close_matches(word.lstrip("-").split("=")[0].replace("-", "_"), known, n=1)
-            messages.append(f"`{word}` is not an option{f', did you mean `{near[0]}`?' if near else '.'}")
+            shown = word.split("=")[0] if near and is_secret(near[0]) else word
+            messages.append(f"`{shown}` is not an option{f', did you mean `{near[0]}`?' if near else '.'}")
         return " ".join(messages)
 
 
@@ -231,6 +243,8 @@ def config_file(argv: list[str]) -> str | None:
 
 def parse(argv: list[str], starts: bool = False) -> tuple[ScriptArguments, GSPOConfig, ModelConfig, HealthBounds]:
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if argv[-1:] == ["--config"]:
+        raise ValueError("`--config` needs the path of a YAML file.")
     script_args, training_args, model_args, bounds = Parser(starts).parse_args_and_config(argv)
     if model_args.model_name_or_path is None:
         raise ValueError("`model_name_or_path` is not set: give a folder or a hub id.")
@@ -282,7 +296,7 @@ def find_checkpoint(script_args: ScriptArguments, training_args: GSPOConfig) -> 
 
 def resume_command(argv: list[str], training_args: GSPOConfig, checkpoint: Path | None = None) -> str:
     """The command that goes on from `checkpoint`, by default the last good one, of the run that `argv` started."""
-    words = ["accelerate", "launch", sys.argv[0], *argv]
+    words = ["accelerate", "launch", sys.argv[0], *without_secret_words(argv)]
     if checkpoint is not None or training_args.resume_from_checkpoint is not None:
         # Of two the last wins; `true` means the same as `--resume`.
         return shlex.join([*words, "--resume_from_checkpoint", str(checkpoint or "true")])
@@ -434,7 +448,11 @@ def make_trainer(training_args, model_args, rewards, train_dataset, eval_dataset
             quantization_config=get_quantization_config(model_args),
             peft_config=get_peft_config(model_args),
         )
-    except OSError as error:  # transformers' own does not always name what it looked for
+    except (
+        OSError,
+        SafetensorError,
+        pickle.UnpicklingError,
+    ) as error:  # transformers' own does not always name what it looked for
         raise OSError(
             f"The model {model_args.model_name_or_path!r} or a reward model cannot be loaded: {error}"
         ) from error
@@ -450,6 +468,7 @@ def main(argv: list[str]) -> int:
     logging.getLogger("trl_gspo").setLevel(logging.INFO)  # what goes through the model, and why
     try:
         script_args, training_args, model_args, bounds = parse(argv, starts=True)
+        sys.argv[1:] = without_secret_words(sys.argv[1:])  # which Weights & Biases uploads
         check_saving(training_args, model_args, script_args.merge_adapter)
         if script_args.memory_check:
             check_memory(training_args, model_args, config_file(argv))
@@ -462,7 +481,7 @@ def main(argv: list[str]) -> int:
         train_dataset, eval_dataset = load_data(script_args, training_args)
         for rows in filter(None, (train_dataset, eval_dataset)):
             for reward in rewards:
-                check_columns(reward, rows.column_names or list(next(iter(rows))))
+                check_columns(reward, columns_of(rows))
         if checkpoint is not None and is_finished(checkpoint, training_args):
             if has_model_of(checkpoint, training_args.output_dir):
                 print(f"{checkpoint} is the end of this run. To train on, set a larger `max_steps`.")
@@ -474,6 +493,8 @@ def main(argv: list[str]) -> int:
         if script_args.curves and importlib.util.find_spec("matplotlib") is not None:
             callbacks.append(CurvesCallback())
         trainer = make_trainer(training_args, model_args, rewards, train_dataset, eval_dataset, callbacks)
+        if checkpoint is not None and trainer.is_deepspeed_enabled:
+            check_deepspeed_checkpoint(checkpoint)
     except (ValueError, OSError, ImportError, yaml.YAMLError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"train.py: {error}", file=sys.stderr)
@@ -576,5 +597,14 @@ def report(summary: dict) -> None:
     print(f"{'saved':12}{summary['output_dir']} (model, tokenizer, model card, trainer_state.json, summary.json)")
 
 
+def leave(code: int) -> typing.NoReturn:
+    """Ends the process, even if a reward function that took too long left threads that Python would wait for."""
+    if code == 4:
+        timer = threading.Timer(SECONDS_TO_LEAVE, os._exit, [code])
+        timer.daemon = True
+        timer.start()
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -1,3 +1,4 @@
+import sys
 from decimal import Decimal
 
 import pytest
@@ -77,10 +78,16 @@ def test_rewards_of_trl_read_plain_text_too():
     assert reward.__name__ == "think_format_reward"
 
 
-def test_a_reward_of_ones_own_is_found_in_the_working_directory(tmp_path, monkeypatch):
+def test_a_reward_of_ones_own_is_found_on_pythons_path_and_not_in_the_working_directory(tmp_path, monkeypatch):
     (tmp_path / "my_rewards_of_this_test.py").write_text("def length(completions, **kw):\n    return [1.0]\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend("")
+    # As `python scripts/train.py` has it: `python -m` and pytest put the working directory there, as "".
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder not in ("", str(tmp_path))])
+    before = list(sys.path)
+    with pytest.raises(ValueError, match=r"No module named 'my_rewards_of_this_test'.* start with `PYTHONPATH=\. acc"):
+        load_reward("my_rewards_of_this_test.length")
+    assert sys.path == before
+    monkeypatch.syspath_prepend(tmp_path)
     assert load_reward("my_rewards_of_this_test.length")(completions=["x"]) == [1.0]
     with pytest.raises(ValueError, match="has no 'lenght'. It has length"):
         load_reward("my_rewards_of_this_test.lenght")

@@ -11,7 +11,6 @@ import importlib
 import inspect
 import os
 import re
-import sys
 from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any
@@ -114,8 +113,9 @@ def load_reward(
     A reward function by name.
 
     Args:
-        name (`str`): one of [`reward_names`]; `package.module.function`, importable from here or from the working
-            directory; or a reward model, as a folder or a hub id with a slash, which is handed to TRL as it is.
+        name (`str`): one of [`reward_names`]; `package.module.function`, imported from Python's path as it stands
+            (`PYTHONPATH`), and so not from the working directory unless it is there; or a reward model, as a folder or
+            a hub id with a slash, which is handed to TRL as it is.
         kwargs (`dict`, *optional*): for a name that starts with `get_`, a function that makes the reward: its
             arguments.
         max_completion_length (`int`, *optional*): default of their `max_completion_len` and `max_len`; a fifth of it
@@ -173,13 +173,13 @@ def check_columns(reward: Callable | str, columns: Sequence[str]) -> None:
 
 def _import(name: str) -> Callable:
     module_name, function_name = name.rsplit(".", 1)
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"`reward_funcs` names {name!r}, and {error}. It is looked for in the environment and in {os.getcwd()}."
+            f"`reward_funcs` names {name!r}, and {error}. It is imported from Python's path alone, to which the "
+            "working directory does not belong by itself: start with `PYTHONPATH=. accelerate launch ...`, or with "
+            "the folder that holds it."
         ) from error
     if not hasattr(module, function_name):
         callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]

@@ -57,7 +57,7 @@ def load_rows(name: str, split: str, config: str | None = None, streaming: bool 
         rows = saved[split] if isinstance(saved, dict) else saved
     else:
         rows = load_dataset(str(path) if is_path else name, config, split=split, streaming=streaming)
-    if isinstance(rows, Dataset) and len(rows) == 0:
+    if len(rows) == 0 if isinstance(rows, Dataset) else next(iter(rows), None) is None:
         raise ValueError(f"`{name}` has no row in split {split!r}.")
     return rows
 
@@ -89,7 +89,7 @@ def to_prompts(
         ValueError: if a column is not there, before anything is mapped, or if a row has no prompt. The message lists
             the columns, or names the row.
     """
-    columns = rows.column_names or list(next(iter(rows)))
+    columns = columns_of(rows)
     if prompt_template is None:
         wanted = {prompt_column: "prompt_column"}
     else:
@@ -117,6 +117,11 @@ def to_prompts(
         return {"prompt": prompt} | ({} if solution_column is None else {"solution": row[solution_column]})
 
     return rows.map(convert, with_indices=True)
+
+
+def columns_of(rows: Dataset | IterableDataset) -> list[str]:
+    """The names of the columns; of a stream that does not know them, of its first row."""
+    return rows.column_names or list(next(iter(rows)))
 
 
 def _listing(path: Path) -> str:

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from .checkpoints import delete_old, fault_of, last_good, list_checkpoints, save, warn_of_space
+from .checks import check_before_loading, check_prompt_ids
 from .clip_range import ClipRangeController
 from .config import GSPOConfig
 from .credit import StepCredit, check_advantages, step_kind
@@ -29,6 +30,7 @@ from .host import HAS_FUSED_HEAD, GRPOConfig, GRPOTrainer, disable_gradient_chec
 from .objective import at_tokens, sum_by_unit, token_log_ratio, turn_ids, unit_ids
 from .packing import Cut, Pack, Skip, balance, row_tokens
 from .resume import RunState
+from .reward_calls import guard
 from .routing import RoutingRecorder, changed_slots, find_routers
 from .scorer import VISION, Scorer, has_images
 
@@ -63,9 +65,12 @@ class GSPOTrainer(GRPOTrainer):
             `None`) and `turn_ids` (`(B, T)`, -1 off trained tokens). Returns advantages, `(B,)` or `(B, T)`.
 
     Raises:
-        ValueError: before a model is loaded, if the dataset holds too few prompts for one rollout batch, or step
-            rewards are given at level `"sequence"`; in the loss, if advantages at that level are not one for each
-            sequence; in a rollout, if step rewards or `advantage_func` return what does not fit.
+        ImportError: before a model is loaded, if a package that `args` names is not installed.
+        ValueError: before a model is loaded, if data, tokenizer and model do not go together
+            ([`~trl_gspo.checks.check_before_loading`]), or step rewards are given at level `"sequence"`; in the loss,
+            if advantages at that level are not one for each sequence; in a rollout, if reward functions or
+            `advantage_func` return what does not fit.
+        TimeoutError: in a rollout, if a reward function takes longer than `reward_timeout`.
 
     Example:
 
@@ -121,7 +126,7 @@ class GSPOTrainer(GRPOTrainer):
             args = GSPOConfig(f"{model_id.split('/')[-1]}-GSPO")
         elif not isinstance(args, GSPOConfig):
             args = GSPOConfig.from_grpo(args)
-        _check_rollout_batch(args, train_dataset)
+        check_before_loading(model, args, train_dataset, eval_dataset, processing_class)
         functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         steps = [getattr(function, "__name__", repr(function)) for function in functions if step_kind(function)]
         if steps and args.importance_sampling_level == "sequence":
@@ -148,7 +153,10 @@ class GSPOTrainer(GRPOTrainer):
         )
         self.advantage_func = advantage_func
         self._step_credit = StepCredit(self.reward_funcs)
-        self.reward_funcs = self._step_credit.wrap(self.reward_funcs)
+        self.reward_funcs = [
+            guard(function, name, args.reward_timeout)
+            for function, name in zip(self._step_credit.wrap(self.reward_funcs), self.reward_func_names, strict=True)
+        ]
         if args.disable_dropout:
             for network in filter(None, (self.model, self.ref_model)):
                 _disable_functional_dropout(network)
@@ -277,6 +285,12 @@ class GSPOTrainer(GRPOTrainer):
         if self._step_credit.kinds:
             self._step_credit.begin(completion_ids, tool_mask)
         return rollout
+
+    def _tokenize_prompts(self, prompts: list) -> tuple:
+        tokenized = super()._tokenize_prompts(prompts)
+        if not self._is_vlm:
+            check_prompt_ids(tokenized[0], self.model.config, self.args)
+        return tokenized
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         self._rewards_per_func = super()._calculate_rewards(*args, **kwargs)
@@ -696,18 +710,6 @@ def _why_whole(args: GSPOConfig) -> str | None:
     if args.torch_compile:
         return "`torch_compile=True` would compile anew for each length"
     return None
-
-
-def _check_rollout_batch(args: GSPOConfig, train_dataset: Dataset | IterableDataset | None) -> None:
-    """Raises `ValueError` if TRL's sampler, which drops an incomplete rollout batch, would be left without any."""
-    prompts = args.generation_batch_size // args.num_generations
-    if hasattr(train_dataset, "__len__") and len(train_dataset) < prompts:
-        raise ValueError(
-            f"`train_dataset` has {len(train_dataset)} prompts, and one rollout batch takes {prompts} "
-            f"(per_device_train_batch_size {args.per_device_train_batch_size} x processes {args.world_size} x "
-            f"steps_per_generation {args.steps_per_generation} / num_generations {args.num_generations}). Set a "
-            "smaller `steps_per_generation` or `per_device_train_batch_size`, or add prompts."
-        )
 
 
 @contextmanager
