@@ -1,7 +1,7 @@
 """
 What `trl_gspo.sandbox` starts, twice for each candidate: confines itself, then runs the candidate or judges it.
 
-    python -s -S -B sandbox_child.py candidate|judge < job.json
+    python -s -S -B -c "... sandbox_child.main()" candidate|judge < job.json
 
 The *candidate* process executes what the model wrote and answers requests: call this, iterate over that. The *judge*
 process executes the tests, in which the candidate's functions are stand-ins that send those requests. Only plain data
@@ -11,7 +11,7 @@ candidate process holds neither tests nor expected values, and has no way to the
 Both give up what they do not need before any of that runs, for good: capabilities, all system calls but those of the
 table below, and, by Landlock, all files but Python's own and an empty folder. It needs no privilege, and binds root.
 
-Runs by path, under an interpreter without site-packages: it imports the standard library and nothing of this package.
+Runs under an interpreter without site-packages: it imports the standard library and nothing of this package.
 """
 
 import ast
@@ -362,8 +362,8 @@ class StandIn:
     """
     For an object of the other process: calls, attributes, items, iteration, length, truth and text are asked of it.
 
-    Comparisons are not, nor `in`: a candidate could answer that all is equal to all. Two are equal if they stand for the
-    same object; no stand-in is equal to anything else.
+    Comparisons are not, and `in` compares what iteration gives: a candidate could answer that all is equal to all.
+    Two are equal if they stand for the same object; no stand-in is equal to anything else.
     """
 
     __slots__ = ("_number", "_peer")
@@ -434,14 +434,14 @@ class Peer:
     """
     One end of the pipes between judge and candidate.
 
-    Numbers, strings, and containers of them cross by value, as the built-in type that they are or derive from; all else
-    by reference: its owner keeps it, and the other side gets a [`StandIn`]. Requests nest: while one side waits for a
-    reply, the other may ask in turn, to call a function that it was given.
+    Numbers, strings, and containers of them cross by value, as the built-in type that they are or derive from; all
+    else by reference: its owner keeps it, and the other side gets a [`StandIn`]. Requests nest: while one side waits
+    for a reply, the other may ask in turn, to call a function that it was given.
 
     Args:
         incoming (`int`), outgoing (`int`): descriptors of the pipes.
-        namespace (`dict`, *optional*): what the other side may ask for by name; the candidate's. The judge has none, and
-            answers no more than what its own objects are for: see `_may`.
+        namespace (`dict`, *optional*): what the other side may ask for by name; the candidate's. The judge has none,
+            and answers no more than what its own objects are for: see `_may`.
     """
 
     def __init__(self, incoming, outgoing, namespace=None):
@@ -542,7 +542,7 @@ class Peer:
             kwargs = {key: self.decode(arg) for key, arg in request["kwargs"].items()}
             if operation == "name" and self.namespace is not None:
                 value = eval(target, self.namespace)  # an expression, such as `Solution().solve`
-            elif self.namespace is not None or _may(operation, target, args):
+            elif self.namespace is not None or (_is_reference(request["target"]) and _may(operation, target, args)):
                 value = OPERATIONS[operation](target, *args, **kwargs)
             else:
                 raise PermissionError(f"{operation} on an object of the tests")
@@ -560,11 +560,16 @@ class Peer:
         send(self.outgoing, reply)
 
 
+def _is_reference(value):
+    # Not a built-in type, which goes by its name: `type`, called, would make the judge a class that is equal to all.
+    return isinstance(value, dict) and "yours" in value
+
+
 def _may(operation, target, args):
     """
     Whether the candidate may do this to an object of the tests that it was given: call functions, iterate, read items;
-    attributes only of instances of the tests' own classes (a node of a list, say), and no private ones, by which frames
-    and globals would be reached.
+    attributes only of instances of the tests' own classes (a node of a list, say), and no private ones, by which
+    frames and globals would be reached.
     """
     if operation in ("getattr", "setattr", "setitem"):
         return type(target).__module__ == "tests" and not str(args[0]).startswith("_")
@@ -730,8 +735,7 @@ def run_judge(job):
 
 
 def main():
-    # By default the folder of this file comes first on the path: nothing there is for the candidate.
-    del sys.path[0]
+    sys.path[:] = [path for path in sys.path if path]  # not the working directory, which candidates write to
     if hasattr(sys, "set_int_max_str_digits"):
         sys.set_int_max_str_digits(0)
     with open(0, "rb") as file:
@@ -739,7 +743,3 @@ def main():
     os.open(os.devnull, os.O_RDONLY)  # the lowest free number: what reads standard input finds its end
     os.environ.clear()
     {"candidate": run_candidate, "judge": run_judge}[sys.argv[1]](job)
-
-
-if __name__ == "__main__":
-    main()
