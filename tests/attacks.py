@@ -358,6 +358,11 @@ ATTACKS |= {
         PIPES + "def add(a, b):\n    os.write(peer.outgoing, b'\\0' * 7 + b'\\1x')\n    hear()\nimport os",
         "error",
     ),
+    "nested_message": (
+        PIPES + "import os\ndef add(a, b):\n    text = b'[' * 10**6 + b']' * 10**6\n"
+        "    os.write(peer.outgoing, len(text).to_bytes(8, 'big') + text)\n    hear()",
+        "error",
+    ),
     "announces_a_huge_message": (
         PIPES + "import os\ndef add(a, b):\n    os.write(peer.outgoing, b'\\x7f' * 8)\n    hear()",
         "error",

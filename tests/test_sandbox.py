@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -86,30 +87,30 @@ def interpreters_of_others():
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="the other tests run as an ordinary user already")
-def test_attacks_as_an_ordinary_user(tmp_path):
+def test_attacks_as_an_ordinary_user():
     interpreter = next(interpreters_of_others(), None)
     if interpreter is None:
         pytest.skip("no Python here that another user can start")
-    package, folder = tmp_path / "trl_gspo", tmp_path / "temporary"
-    package.mkdir()
-    folder.mkdir()
-    for name in ("__init__.py", "sandbox.py", "sandbox_child.py"):
-        shutil.copy(ROOT / "trl_gspo" / name, package)
-    shutil.copy(ROOT / "tests/attacks.py", tmp_path)
-    folder.chmod(0o777)
-    for path in (tmp_path, *tmp_path.parents[:-1]):  # pytest's own folders are for their owner alone
-        if path.stat().st_uid == os.getuid() and path.stat().st_mode & 0o077 == 0 and "bt" in str(path) + "pytest":
-            path.chmod(path.stat().st_mode | 0o011)
-    ran = subprocess.run(
-        [interpreter, str(tmp_path / "attacks.py")],
-        env={"PYTHONPATH": str(tmp_path), "TMPDIR": str(folder), "PATH": os.environ["PATH"]},
-        cwd=folder,
-        user=65534,
-        group=65534,
-        extra_groups=[],
-        capture_output=True,
-        text=True,
-    )
+    with tempfile.TemporaryDirectory() as place:  # pytest's own folders are for their owner alone
+        package, folder = Path(place) / "trl_gspo", Path(place) / "temporary"
+        package.mkdir()
+        folder.mkdir()
+        for name in ("__init__.py", "sandbox.py", "sandbox_child.py"):
+            shutil.copy(ROOT / "trl_gspo" / name, package)
+        shutil.copy(ROOT / "tests/attacks.py", place)
+        for path, mode in ((place, 0o755), (package, 0o755), (folder, 0o777)):
+            os.chmod(path, mode)
+        ran = subprocess.run(
+            [interpreter, f"{place}/attacks.py"],
+            env={"PYTHONPATH": place, "TMPDIR": str(folder), "PATH": os.environ["PATH"]},
+            cwd=folder,
+            user=65534,
+            group=65534,
+            extra_groups=[],
+            capture_output=True,
+            text=True,
+        )
+        left = os.listdir(folder)
     assert ran.returncode == 0, ran.stderr
     said = json.loads(ran.stdout)
     assert said["user"] == 65534
@@ -117,7 +118,7 @@ def test_attacks_as_an_ordinary_user(tmp_path):
     wrong = {name: got for name, got in said["outcomes"].items() if got[0] not in ATTACKS[name][1] or got[1] != 0.0}
     assert not wrong
     assert not said["left"]
-    assert not os.listdir(folder)
+    assert not left
 
 
 # What legitimate programs need.
@@ -490,7 +491,7 @@ def test_code_reward_is_off_unless_allowed(monkeypatch):
 
 
 def test_code_reward():
-    reward = load_reward("code_reward", {"cpu_seconds": 2}, 512, allow_code_execution=True)
+    reward = load_reward("code_reward", {"cpu_seconds": 1}, 512, allow_code_execution=True)
     assert reward.__name__ == "code_reward"
     metrics, extra = {}, {}
     completions = [

@@ -280,9 +280,11 @@ class _Pair:
                 if not data:
                     poll.unregister(end)
                 if end == self.verdict_end:
-                    if not data:
-                        return self._result()
                     self.verdict += data
+                    # The second line is the verdict. Waiting for the end as well would wait for any process that the
+                    # host has forked in the meantime, which holds a copy of this pipe.
+                    if not data or self.verdict.count(b"\n") == 2:
+                        return self._result()
                 else:
                     self.written += len(data)
                     self.output = (self.output + data)[: self.limits.output_kib * 1024]
@@ -301,38 +303,42 @@ class _Pair:
                 return self._end("lost", "interrupted")
 
     def _end(self, outcome: str, message: str) -> Result:
+        self._drain(0.0)
         return Result(outcome, message, self.output.decode(errors="replace"))
 
     def _result(self) -> Result:
         lines = self.verdict.splitlines()
         if not lines:
+            self._drain(0.2)
             raise SandboxError(
                 "A candidate's processes did not get as far as running it. Likely causes: a kernel or container that "
                 "forbids seccomp, `memory_mib` too small for the interpreter, or memory that ran out. They said: "
-                f"{self._rest_of_output() or 'nothing'}"
+                f"{self.output.decode(errors='replace').strip() or 'nothing'}"
             )
         if len(lines) == 1:
-            status, seconds = _wait(self.processes[1], 5.0)
-            if status in (-signal.SIGKILL, -signal.SIGXCPU) and seconds > 0.9 * self.limits.cpu_seconds:
+            status, _ = _wait(self.processes[1], 5.0)
+            if status == -signal.SIGXCPU:
                 return self._end("timeout", f"the tests took more than {self.limits.cpu_seconds} s of processor time")
             return self._end("lost", f"the judge ended with status {status}")
         said = json.loads(lines[1])
         if said["outcome"] != "died":
             return self._end(said["outcome"], said["message"])
         status, seconds = _wait(self.processes[0], 1.0)
-        if status in (-signal.SIGKILL, -signal.SIGXCPU):
-            if seconds > 0.9 * self.limits.cpu_seconds:
-                return self._end("timeout", f"more than {self.limits.cpu_seconds} s of processor time")
+        # The kernel counts for the limit in ticks, which is coarser than what it reports.
+        if status == -signal.SIGXCPU or (status == -signal.SIGKILL and seconds > 0.5 * self.limits.cpu_seconds):
+            return self._end("timeout", f"more than {self.limits.cpu_seconds} s of processor time")
+        if status == -signal.SIGKILL:
             return self._end("memory", "killed, likely by the system for want of memory")
         return self._end("error", f"{said['message']} (status {status})")
 
-    def _rest_of_output(self) -> str:
-        while len(self.output) < 2000 and select.select([self.output_end], [], [], 0.2)[0]:
-            data = os.read(self.output_end, 2000)
+    def _drain(self, seconds: float) -> None:
+        while len(self.output) < self.limits.output_kib * 1024:
+            if not select.select([self.output_end], [], [], seconds)[0]:
+                return
+            data = os.read(self.output_end, self.limits.output_kib * 1024 - len(self.output))
             if not data:
-                break
+                return
             self.output += data
-        return self.output.decode(errors="replace").strip()
 
     def _warn_without_landlock(self) -> None:
         if json.loads(self.verdict.splitlines()[0])["ready"] or "landlock" in _warned:

@@ -114,7 +114,6 @@ SYSCALLS = {
     "getdents64": (217, 61),
     "getcwd": (79, 17),
     "umask": (95, 166),
-    "flock": (73, 32),
     "fsync": (74, 82),
     "fdatasync": (75, 83),
     "fadvise64": (221, 223),
@@ -243,8 +242,8 @@ def _seccomp_program(machine, pid, may_change_files):
             (give, 0, 0, allow),
             (give, 0, 0, deny),
         ],
-        # A stream: a datagram socket could send to any other by name. asyncio makes such a pair.
-        "socketpair": masked(1, 0xF, 1),
+        # A local stream, of which asyncio makes one: a datagram socket could send to any other by name.
+        "socketpair": [(load, 0, 0, low(0)), (jump_equal, 1, 0, 1), (give, 0, 0, deny), *masked(1, 0xF, 1)],
     }
     program = [(load, 0, 0, 4), (jump_equal, 1, 0, architecture), (give, 0, 0, kill), (load, 0, 0, 0)]
     plain = SYSCALLS | (CHANGE_SYSCALLS if may_change_files else {})
@@ -272,10 +271,11 @@ def landlock_version(libc=None):
 
 
 def _install_landlock(libc, version, readable, writable):
-    all_rights = (1 << 13) - 1 | (1 << 14 if version >= 3 else 0)  # those of version 1, and truncation
+    # Those of version 1; of 2, moving between folders, which version 1 never allows; of 3, truncation.
+    all_rights = (1 << 13) - 1 | (1 << 13 if version >= 2 else 0) | (1 << 14 if version >= 3 else 0)
     read, write_file = 1 << 2 | 1 << 3, 1 << 1 | 1 << 2
     # In the folder: read, write, truncate, make and remove files and folders. No links, devices, sockets.
-    write = all_rights & (read | write_file | 1 << 4 | 1 << 5 | 1 << 7 | 1 << 8 | 1 << 14)
+    write = all_rights & (read | write_file | 1 << 4 | 1 << 5 | 1 << 7 | 1 << 8 | 1 << 13 | 1 << 14)
     attributes = struct.pack("Q", all_rights)
     size = ctypes.c_size_t(len(attributes))
     ruleset = _checked(libc.syscall(_LANDLOCK_CREATE_RULESET, ctypes.c_char_p(attributes), size, 0), "Landlock")
@@ -299,16 +299,17 @@ def confine(job, folder):
     libc = ctypes.CDLL(None, use_errno=True)
     machine = os.uname().machine
     version = landlock_version(libc) if job["landlock"] else 0
-    for limit, value in (
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_CPU, job["cpu_seconds"]),
-        (resource.RLIMIT_AS, job["memory"]),
-        (resource.RLIMIT_FSIZE, job["disk"]),
-        (resource.RLIMIT_NOFILE, job["open_files"]),
+    for limit, soft, hard in (
+        (resource.RLIMIT_CORE, 0, 0),
+        # SIGXCPU says what it was; who ignores that is killed a second later.
+        (resource.RLIMIT_CPU, job["cpu_seconds"], job["cpu_seconds"] + 1),
+        (resource.RLIMIT_AS, job["memory"], job["memory"]),
+        (resource.RLIMIT_FSIZE, job["disk"], job["disk"]),
+        (resource.RLIMIT_NOFILE, job["open_files"], job["open_files"]),
     ):
-        hard = resource.getrlimit(limit)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(limit, (value, value))
+        most = resource.getrlimit(limit)[1]
+        most = hard if most == resource.RLIM_INFINITY else min(hard, most)
+        resource.setrlimit(limit, (min(soft, most), most))
     _checked(libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
     # Another process of the same user, the candidate, must not read this one's memory through /proc.
     _checked(libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0), "dumpable")
@@ -557,6 +558,7 @@ class Peer:
             raise
         except BaseException as error:  # SystemExit too: to the other side it is an exception like others
             reply = {"raised": describe(error)}
+        flush()
         send(self.outgoing, reply)
 
 
@@ -607,6 +609,14 @@ def _exception(name, text):
     return RuntimeError(f"{name}: {text}")
 
 
+def flush():
+    """Hands on what was printed: the process is killed once the tests have ended."""
+    try:
+        sys.stdout.flush()
+    except Exception:  # closed, or replaced
+        pass
+
+
 def root_name(entry_point):
     """`Solution` of `Solution().solve`."""
     return entry_point.replace("(", ".").split(".")[0].strip()
@@ -630,8 +640,8 @@ def program(code, prefix, entry_point):
             return prefix + code
     whole = prefix + "\n\n" + code
     try:
-        ast.parse(whole)
-    except (SyntaxError, ValueError):
+        compile(whole, "candidate.py", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError):  # such as a `from __future__` that no longer comes first
         return code
     return whole
 
@@ -645,8 +655,10 @@ def run_candidate(job):
         text = program(job["code"], job["prefix"], job["entry_point"])
         exec(compile(text, "candidate.py", "exec", dont_inherit=True), peer.namespace)
     except BaseException as error:
+        flush()
         send(peer.outgoing, {"raised": describe(error)})
         return
+    flush()
     send(peer.outgoing, {"value": None})
     while True:
         peer.answer(receive(peer.incoming))
