@@ -36,8 +36,13 @@ def attack(code):
     return f"done = False\ntry:\n{body}\nexcept BaseException:\n    pass\ndef add(a, b):\n    return a + b if done else None\n"
 
 
-LIBC = "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+LIBC = """
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+denied = lambda: ctypes.get_errno() == 1
+"""
 
+# None does harm where it works: signal 0 says whether a signal could be sent, a wrong argument whether a call could.
 # By name: the candidate, and the outcomes it may have. {NAMES} in braces are filled in for each test.
 ATTACKS = {
     # time
@@ -71,7 +76,7 @@ ATTACKS = {
     "anonymous_file": (attack("import os\ndone = os.memfd_create('x') >= 0"), "failed"),
     # processes
     "forks": (attack("import os\npid = os.fork()\nif pid == 0: os._exit(0)\ndone = True"), "failed"),
-    "fork_bomb": ("import os\nwhile True: os.fork()", "error"),
+    "fork_bomb": ("import os, time\nfor _ in range(6): os.fork()\ntime.sleep(1000)", "error"),
     "forks_by_system_call": (
         attack(LIBC + "done = libc.syscall(57) >= 0 or libc.vfork() >= 0 or libc.syscall(435, 0, 0) >= 0"),
         "failed",
@@ -88,35 +93,28 @@ ATTACKS = {
         "failed",
     ),
     "session_of_its_own": (attack("import os\nos.setpgid(0, os.getppid())\ndone = True"), "failed"),
-    "kills_the_parent": (attack("import os\nos.kill(os.getppid(), 9)\ndone = True"), "failed"),
-    "kills_the_parents_group": (
-        attack("import os\nos.killpg(os.getpgid(os.getppid()), 9)\ndone = True"),
-        "failed",
-    ),
-    "kills_all": (attack("import os\nos.kill(-1, 9)\ndone = True"), "failed"),
+    "kills_the_parent": (attack("import os\nos.kill(os.getppid(), 0)\ndone = True"), "failed"),
+    "kills_the_parents_group": (attack("import os\nos.killpg(os.getpgid(os.getppid()), 0)\ndone = True"), "failed"),
+    "kills_all": (attack("import os\nos.kill(-1, 0)\ndone = True"), "failed"),
     "kills_the_judge": (
         attack(
             "import os\nfor pid in range(os.getpid() - 3, os.getpid() + 30):\n    if pid != os.getpid():\n"
-            "        try: os.kill(pid, 9); done = True\n        except ProcessLookupError: pass"
+            "        try: os.kill(pid, 0); done = True\n        except OSError: pass"
         ),
         "failed",
     ),
     "signals_the_parent_by_a_pipe": (
         attack(
-            "import fcntl, os\nr, w = os.pipe()\nfcntl.fcntl(r, 8, os.getppid())\nfcntl.fcntl(r, 10, 9)\n"
-            "fcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC)\nos.write(w, b'x')\ndone = True"
+            "import fcntl, os\nr, w = os.pipe()\nfcntl.fcntl(r, 8, os.getppid())\nfcntl.fcntl(r, 10, 9)\ndone = True"
         ),
         "failed",
     ),
-    "traces_the_parent": (
-        attack(LIBC + "done = libc.ptrace(16, os.getppid(), 0, 0) == 0 or libc.ptrace(0, 0, 0, 0) == 0"),
-        "failed",
-    ),
+    "traced_by_the_parent": (attack(LIBC + "done = libc.ptrace(0, 0, 0, 0) == 0"), "failed"),
     "reads_the_parents_memory": (
         attack(
             LIBC + "local = ctypes.create_string_buffer(8)\nimport struct\n"
             "vector = struct.pack('PN', ctypes.addressof(local), 8)\n"
-            "done = libc.process_vm_readv(os.getppid(), vector, 1, vector, 1, 0) > 0"
+            "done = libc.process_vm_readv(os.getppid(), vector, 1, vector, 1, 0) >= 0 or not denied()"
         ),
         "failed",
     ),
@@ -154,7 +152,15 @@ ATTACKS = {
         "        except OSError: pass\n        parts = (parts + ['d'])[:2000]",
         "disk timeout",
     ),
-    "folder_without_rights": ("import os\nos.makedirs('a/b')\nos.mkdir('c', 0)\ndef add(a, b): return 0", "failed"),
+    "folder_without_rights": (
+        "import os\nos.makedirs('a/b')\nos.mkdir('c', 0)\ndef add(a, b): return 0",
+        "failed disk",
+    ),
+    "hides_what_it_writes": (
+        "import itertools, os\nos.mkdir('h', 0o300)\nfor i in itertools.count():\n"
+        "    with open(f'h/{{i}}', 'wb') as f: f.write(bytes(2**20))",
+        "disk",
+    ),
     # what it can learn
     "reads_its_environment": (attack("import os\ndone = 'TRL_GSPO_SECRET' in os.environ"), "failed"),
     "reads_the_parents_environment": (
@@ -212,10 +218,13 @@ ATTACKS = {
     "asynchronous_input_and_output": (attack(LIBC + "done = libc.syscall(425, 8, bytes(120)) >= 0"), "failed"),
     "shared_memory": (attack(LIBC + "done = libc.shmget(0x7a7a, 4096, 0o1666) >= 0"), "failed"),
     "keyring": (attack(LIBC + "done = libc.syscall(248, b'user', b'x', b'y', 1, -3) >= 0"), "failed"),
-    "host_name": (attack(LIBC + "done = libc.sethostname(b'x', 1) == 0"), "failed"),
-    "programs_the_kernel": (attack(LIBC + "done = libc.syscall(321, 0, bytes(128), 128) >= 0"), "failed"),
+    "host_name": (attack(LIBC + "done = libc.sethostname(b'x', -1) < 0 and not denied()"), "failed"),
+    "programs_the_kernel": (
+        attack(LIBC + "done = libc.syscall(321, 0, bytes(128), 128) < 0 and not denied()"),
+        "failed",
+    ),
     "types_into_the_terminal": (
-        attack("import fcntl, os\nfor fd in range(3): fcntl.ioctl(fd, 0x5412, b'x')\ndone = True"),
+        attack("import fcntl\ntry: fcntl.ioctl(1, 0x5412, b'x')\nexcept OSError as e: done = e.errno != 1"),
         "failed",
     ),
     "old_system_calls": (  # of 32 bits, which the table of 64 does not count: the process is killed
@@ -306,6 +315,14 @@ ATTACKS = {
             "import os\nfor pid in range(os.getpid() - 5, os.getpid() + 5):\n    for fd in range(16):\n"
             "        try: os.open(f'/proc/{{pid}}/fd/{{fd}}', os.O_WRONLY); done = pid != os.getpid()\n"
             "        except OSError: pass"
+        ),
+        "failed",
+    ),
+    "reads_the_judges_memory": (
+        attack(
+            "import os\nfor pid in range(os.getpid() - 5, os.getpid() + 50):\n    try:\n"
+            "        if b'judge' in open(f'/proc/{{pid}}/cmdline', 'rb').read(): open(f'/proc/{{pid}}/mem', 'rb'); done = True\n"
+            "    except OSError: pass"
         ),
         "failed",
     ),

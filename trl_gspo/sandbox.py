@@ -298,7 +298,9 @@ class _Pair:
                     return self._end("lost", f"it could not start within {_START_SECONDS:g} s")
                 return self._end("timeout", f"more than {self.limits.wall_seconds:g} s")
             if _size(self.folder) > self.limits.disk_mib * 2**20:
-                return self._end("disk", f"more than {self.limits.disk_mib} MiB or {_MOST_FILES} files")
+                return self._end(
+                    "disk", f"more than {self.limits.disk_mib} MiB or {_MOST_FILES} files, or out of sight"
+                )
             if stop.is_set():
                 return self._end("lost", "interrupted")
 
@@ -396,7 +398,7 @@ def _size(folder: str) -> float:
                         total += entry.stat(follow_symlinks=False).st_blocks * 512
         except FileNotFoundError:  # it is at work
             continue
-        except OSError:  # a name too long for the system: folders in folders in folders
+        except OSError:  # a folder that may be written, not read; or a name too long: folders in folders in folders
             return float("inf")
     return total
 

@@ -660,8 +660,11 @@ def run_candidate(job):
         return
     flush()
     send(peer.outgoing, {"value": None})
-    while True:
-        peer.answer(receive(peer.incoming))
+    try:
+        while True:
+            peer.answer(receive(peer.incoming))
+    except EOFError:  # the judge has ended
+        pass
 
 
 def missing_names(tree, known):
