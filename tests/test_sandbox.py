@@ -295,6 +295,42 @@ def test_the_same_candidate_has_the_same_order_of_sets():
     assert one(code + "\nprint(f())", "f()").output == one(code + "\nprint(f())", "f()").output != ""
 
 
+def test_private_attributes_of_the_tests_objects_are_refused():
+    # By a function's or a frame's attributes a candidate would reach the tests' globals.
+    code = """
+def f(*pairs):
+    got = []
+    for target, name in pairs:
+        try:
+            got.append(getattr(target, name))
+        except PermissionError:
+            pass
+    return got
+"""
+    tests = """
+import functools
+class Box:
+    def __init__(self): self.open, self._closed = 1, 2
+generator = (x for x in [])
+assert f((Box(), "open"), (Box(), "_closed"), (functools.partial(int, 3), "func"), (generator, "gi_frame")) == [1]
+"""
+    assert one(code, tests).outcome == "passed"
+
+
+@pytest.mark.parametrize(
+    ("code", "limits", "message"),
+    [
+        ("while True: pass", Limits(wall_seconds=60.0, cpu_seconds=1), "more than 1 s of processor time"),
+        ("import time\ntime.sleep(60)", Limits(wall_seconds=0.3), "more than 0.3 s"),
+    ],
+)
+def test_limits_of_time(code, limits, message):
+    started = time.monotonic()
+    result = one(code, limits=limits)
+    assert (result.outcome, result.message) == ("timeout", message)
+    assert time.monotonic() - started < 30
+
+
 def test_packages():
     code = "import packaging.version\ndef add(a, b): return a + b"
     assert one(code, limits=Limits(memory_mib=1024)).outcome == "error"
