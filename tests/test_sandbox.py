@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 from attacks import ATTACKS, QUICK, TESTS, attack, processes, run_attack, surroundings
+from datasets import Dataset
 
-from trl_gspo import sandbox, sandbox_child
+from trl_gspo import GSPOConfig, GSPOTrainer, sandbox, sandbox_child
 from trl_gspo.rewards import extract_code, get_code_reward, load_reward
 from trl_gspo.sandbox import Limits, Program, SandboxError, run_programs
 
@@ -25,10 +26,7 @@ from trl_gspo.sandbox import Limits, Program, SandboxError, run_programs
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="candidates are run on Linux alone")
 
 ROOT = Path(__file__).resolve().parents[1]
-HUMANEVAL = next(
-    (path for path in (parent / "shared/data/humaneval/HumanEval.jsonl" for parent in ROOT.parents) if path.exists()),
-    Path("/work/shared/data/humaneval/HumanEval.jsonl"),
-)
+HUMANEVAL = ROOT.parent / "shared/data/humaneval/HumanEval.jsonl"
 needs_humaneval = pytest.mark.skipif(not HUMANEVAL.exists(), reason=f"{HUMANEVAL} is absent")
 ADD = "def add(a, b): return a + b"
 
@@ -569,6 +567,31 @@ def test_code_reward():
     assert extra == {"code_outcome": ["passed", "passed", "failed", "", "error", "timeout"]}
     assert reward(completions=[ADD], tests=[TESTS]) == [1.0]
     assert reward(completions=["x"], tests=[None], log_metric=metrics.clear) == [None]
+
+
+def test_code_reward_in_the_trainer(model_path, tmp_path):
+    row = {"prompt": "12", "tests": TESTS, "code_prefix": "def add(a, b):\n    '''Adds.'''\n", "entry_point": "add"}
+    args = GSPOConfig(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        logging_steps=1,
+        per_device_train_batch_size=4,
+        num_generations=4,
+        steps_per_generation=1,
+        max_completion_length=4,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+    )
+    reward = get_code_reward(allow_code_execution=True)
+    trainer = GSPOTrainer(model=model_path, reward_funcs=reward, args=args, train_dataset=Dataset.from_list([row] * 8))
+    trainer.train()
+    (logs,) = [entry for entry in trainer.state.log_history if "code/passed" in entry]
+    # What a random model says is no Python, or does not add.
+    assert logs["rewards/code_reward/mean"] == logs["code/passed"] == 0.0
+    assert logs["code/failed"] + logs["code/error"] == 1.0
+    assert set(trainer._logs["extra"]["code_outcome"]) <= {"failed", "error"}
 
 
 def test_code_reward_runs_the_same_completion_once(monkeypatch):
