@@ -52,7 +52,7 @@ class Limits:
         cpu_seconds (`int`, *optional*, defaults to `5`):
             Processor time, whole seconds.
         memory_mib (`int`, *optional*, defaults to `512`):
-            Address space, MiB. The interpreter itself takes about 40.
+            Address space, MiB, which counts what is reserved too. 64 is enough for a trivial program.
         disk_mib (`int`, *optional*, defaults to `16`):
             What may lie in the folder, and the size of one file, MiB.
         output_kib (`int`, *optional*, defaults to `256`):

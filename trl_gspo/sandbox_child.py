@@ -757,4 +757,5 @@ def main():
         job = json.load(file)
     os.open(os.devnull, os.O_RDONLY)  # the lowest free number: what reads standard input finds its end
     os.environ.clear()
+    os.environ["OMP_NUM_THREADS"] = "1"  # else NumPy's libraries reserve memory for a thread on each core
     {"candidate": run_candidate, "judge": run_judge}[sys.argv[1]](job)
