@@ -78,7 +78,14 @@ ATTACKS = {
     "forks": (attack("import os\npid = os.fork()\nif pid == 0: os._exit(0)\ndone = True"), "failed"),
     "fork_bomb": ("import os, time\nfor _ in range(6): os.fork()\ntime.sleep(1000)", "error"),
     "forks_by_system_call": (
-        attack(LIBC + "done = libc.syscall(57) >= 0 or libc.vfork() >= 0 or libc.syscall(435, 0, 0) >= 0"),
+        attack(LIBC + "pid = libc.syscall(57)\nif pid == 0: os._exit(0)\ndone = pid > 0"),
+        "failed",
+    ),
+    "forks_by_a_newer_system_call": (
+        attack(
+            LIBC + "import struct\npid = libc.syscall(435, bytes(32) + struct.pack('Q', 17) + bytes(24), 64)\n"
+            "if pid == 0: os._exit(0)\ndone = pid > 0"
+        ),
         "failed",
     ),
     "starts_a_program": (attack("import subprocess\nsubprocess.run(['/bin/true'])\ndone = True"), "failed"),
@@ -92,7 +99,6 @@ ATTACKS = {
         ),
         "failed",
     ),
-    "session_of_its_own": (attack("import os\nos.setpgid(0, os.getppid())\ndone = True"), "failed"),
     "kills_the_parent": (attack("import os\nos.kill(os.getppid(), 0)\ndone = True"), "failed"),
     "kills_the_parents_group": (attack("import os\nos.killpg(os.getpgid(os.getppid()), 0)\ndone = True"), "failed"),
     "kills_all": (attack("import os\nos.kill(-1, 0)\ndone = True"), "failed"),
@@ -142,6 +148,10 @@ ATTACKS = {
     ),
     "pipe_and_device": (attack("import os\nos.mkfifo('x')\ndone = True"), "failed"),
     "one_large_file": (attack("open('x', 'wb').write(bytes(2**24)) and 0\ndone = True"), "failed disk"),
+    "file_with_holes": (
+        attack("import os\nos.ftruncate(os.open('x', os.O_RDWR | os.O_CREAT), 2**30)\ndone = True"),
+        "failed",
+    ),
     "fills_the_disk": (
         "import itertools\nfor i in itertools.count():\n    with open(str(i), 'wb') as f: f.write(bytes(2**20))",
         "disk",
@@ -319,11 +329,9 @@ ATTACKS = {
         "failed",
     ),
     "reads_the_judges_memory": (
-        attack(
-            "import os\nfor pid in range(os.getpid() - 5, os.getpid() + 50):\n    try:\n"
-            "        if b'judge' in open(f'/proc/{{pid}}/cmdline', 'rb').read(): open(f'/proc/{{pid}}/mem', 'rb'); done = True\n"
-            "    except OSError: pass"
-        ),
+        "import os\ndef add(a, b):\n    for pid in range(os.getpid() - 5, os.getpid() + 50):\n        try:\n"
+        "            if b'judge' in open(f'/proc/{{pid}}/cmdline', 'rb').read(): return open(f'/proc/{{pid}}/mem') and a + b\n"
+        "        except OSError: pass",
         "failed",
     ),
     "writes_its_own_memory": (attack("open('/proc/self/mem', 'r+b')\ndone = True"), "failed"),
@@ -358,7 +366,7 @@ def ask(operation, target, *args):
 ATTACKS |= {
     "sends_success": (PIPES + "say({{'outcome': 'passed', 'message': ''}})\nos._exit(0)", "error"),
     "evaluates_in_the_judge": (
-        PIPES + "def add(a, b):\n    got = ask('name', 'a' + '+ 1')\n    return a + b if 'value' in got else None",
+        PIPES + "def add(a, b):\n    got = ask('name', '1 + 1')\n    return a + b if 'value' in got else None",
         "failed",
     ),
     "makes_a_class_in_the_judge": (
