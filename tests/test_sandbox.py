@@ -274,6 +274,13 @@ def test_a_good_program_passes(name):
         # No test may take a candidate's end for an exception of its own.
         ("import os\ndef add(a, b): os._exit(0)", "", "add", "try: add(1, 2)\nexcept Exception: pass", "error"),
         ("import os\ndef add(a, b): os._exit(0)", "", "add", "try: add(1, 2)\nexcept: pass", "error"),
+        (
+            "import os\ndef add(a, b): os._exit(0)",
+            "",
+            "add",
+            "while True:\n    try: add(1, 2)\n    except Exception: pass",
+            "error",
+        ),
         (ADD, "", "add", "add(1, 2)\nwhile True: pass", "timeout"),
     ],
 )
@@ -511,7 +518,7 @@ def check_mutants(chosen):
 @pytest.mark.slow
 def test_empty_and_wrong_solutions_of_humaneval_score_0():
     kinds = ("empty", "wrapped", "constant", "raises")
-    assert check_mutants(lambda i, kind: kind in kinds and kinds.index(kind) == i % 4) == 164
+    assert check_mutants(lambda i, kind: i % 3 == 0 and kind == kinds[i // 3 % 4]) == 55
 
 
 @needs_humaneval
