@@ -641,14 +641,12 @@ def test_arguments_of_code_reward(kwargs, message):
         ("```bash\nls\n```", "```bash\nls\n```"),
         ("```python\n    return 1\n```", "    return 1\n"),
         ("```python\nx = 1", "```python\nx = 1"),
-        ("<think>```python\nx = 1\n```</think>\n```Python title\nx = 2\n```", "<think>"),
+        ("```Python\nx = 1\n```", "x = 1\n"),
+        ("<think>\n```python\nx = 1\n```\n</think>\n```python\nx = 2\n```", "x = 2\n"),
     ],
 )
 def test_extract_code(text, code):
-    if code == "<think>":  # a label with more behind it is no label of Python's
-        assert extract_code(text) != "x = 1\n"
-    else:
-        assert extract_code(text) == code
+    assert extract_code(text) == code
 
 
 def test_surroundings_see_what_is_left(tmp_path):
