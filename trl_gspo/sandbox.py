@@ -6,6 +6,7 @@ are started (see `sandbox_child.py`): one that runs it, and one that judges it. 
 them. docs/code_reward.md says what the confinement is, and what it does not protect from.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -334,8 +335,10 @@ class _Pair:
         return self._end("error", f"{said['message']} (status {status})")
 
     def _drain(self, seconds: float) -> None:
+        poll = select.poll()
+        poll.register(self.output_end, select.POLLIN)
         while len(self.output) < self.limits.output_kib * 1024:
-            if not select.select([self.output_end], [], [], seconds)[0]:
+            if not poll.poll(1000 * seconds):
                 return
             data = os.read(self.output_end, self.limits.output_kib * 1024 - len(self.output))
             if not data:
@@ -353,10 +356,9 @@ class _Pair:
 
     def __exit__(self, *_) -> None:
         for process in self.processes:
-            try:
-                os.killpg(process.pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):  # waited for already
-                pass
+            if process.returncode is None:  # not waited for yet: its number is still its own
+                with contextlib.suppress(ProcessLookupError):  # but where the host ignores SIGCHLD
+                    os.killpg(process.pid, signal.SIGKILL)
         for process in self.processes:
             _wait(process, None)
         for end in self.open[:]:
