@@ -103,7 +103,9 @@ class ScriptArguments:
         reward_funcs (`list[str]`):
             Rewards by name: TRL's, ours, `package.module.function`, or a reward model.
         reward_kwargs (`dict`, *optional*):
-            For rewards named `get_...`: their arguments by name.
+            For `code_reward` and rewards named `get_...`: their arguments by name.
+        allow_code_execution (`bool`, *optional*, defaults to `False`):
+            Whether `code_reward` may run the code that the model writes, on this machine.
         resume (`bool`, *optional*, defaults to `False`):
             Whether to go on from the last checkpoint in `output_dir`; without one the run starts from the beginning.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
@@ -147,7 +149,11 @@ class ScriptArguments:
         metadata={"help": "Rewards by name: TRL's, ours, package.module.function, or a reward model."},
     )
     reward_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "For rewards named get_...: their arguments by name, as JSON."}
+        default=None, metadata={"help": "For code_reward and rewards named get_...: arguments by name, as JSON."}
+    )
+    allow_code_execution: bool = field(
+        default=False,
+        metadata={"help": "Whether `code_reward` may run the code that the model writes, on this machine."},
     )
     resume: bool = field(
         default=False, metadata={"help": "Whether to go on from the last checkpoint in `output_dir`."}
@@ -475,7 +481,12 @@ def main(argv: list[str]) -> int:
         connect_deepspeed(training_args)
         checkpoint = find_checkpoint(script_args, training_args)
         rewards = [
-            load_reward(name, (script_args.reward_kwargs or {}).get(name), training_args.max_completion_length)
+            load_reward(
+                name,
+                (script_args.reward_kwargs or {}).get(name),
+                training_args.max_completion_length,
+                script_args.allow_code_execution,
+            )
             for name in script_args.reward_funcs
         ]
         train_dataset, eval_dataset = load_data(script_args, training_args)

@@ -57,9 +57,9 @@ def test_final_number_reward_is_none_without_a_right_answer():
 def test_every_name_loads():
     needs = {"get_repetition_penalty_reward": {"ngram_size": 2, "max_penalty": -0.5}}
     names = reward_names()
-    assert {"exact_match_reward", "accuracy_reward", "get_soft_overlong_punishment"} <= set(names)
+    assert {"exact_match_reward", "code_reward", "accuracy_reward", "get_soft_overlong_punishment"} <= set(names)
     for name in names:
-        assert callable(load_reward(name, needs.get(name), max_completion_length=100))
+        assert callable(load_reward(name, needs.get(name), max_completion_length=100, allow_code_execution=True))
 
 
 def test_a_made_reward_takes_its_arguments_from_the_completion_length():

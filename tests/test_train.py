@@ -92,6 +92,7 @@ def wait_for(process, pattern, seconds=120):
         (arguments(dataset_name="x.jsonl", epsilon=2), "`epsilon` must be a finite number in (0, 1), got 2.0"),
         (arguments(dataset_name="x.jsonl", loss_type="dapo"), "`loss_type='dapo'` is refused"),
         (arguments(dataset_name="x", model_name_or_path="m", reward_funcs="acc"), "`reward_funcs` has no 'acc'"),
+        (arguments(dataset_name="x", model_name_or_path="m", reward_funcs="code_reward"), "`--allow_code_execution`"),
         (arguments(dataset_name="x", reward_kwargs='{"a": {}}'), "`reward_kwargs` has arguments for a"),
         (arguments(dataset_name="x", model_name_or_path="m", resume_from_checkpoint="no"), "is no folder"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
