@@ -93,6 +93,11 @@ def wait_for(process, pattern, seconds=120):
         (arguments(dataset_name="x.jsonl", loss_type="dapo"), "`loss_type='dapo'` is refused"),
         (arguments(dataset_name="x", model_name_or_path="m", reward_funcs="acc"), "`reward_funcs` has no 'acc'"),
         (arguments(dataset_name="x", model_name_or_path="m", reward_funcs="code_reward"), "`--allow_code_execution`"),
+        (
+            arguments(dataset_name="x.jsonl", model_name_or_path="m", reward_funcs="code_reward")
+            + ["--allow_code_execution"],
+            "`x.jsonl` does not exist",  # allowed, so that the next thing is refused
+        ),
         (arguments(dataset_name="x", reward_kwargs='{"a": {}}'), "`reward_kwargs` has arguments for a"),
         (arguments(dataset_name="x", model_name_or_path="m", resume_from_checkpoint="no"), "is no folder"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
