@@ -1,0 +1,1780 @@
+"""
+Configurations of GRPO, and of other systems' GSPO, as configurations of `scripts/train.py`.
+
+A configuration is read as a mapping ([`read_config`], [`read_command`]), its system is told from its fields
+([`detect`]), and [`migrate_config`] turns it into our options with a remark on every field. [`to_yaml`] writes them down.
+Scripts in Python are [`trl_gspo.codemod`]'s.
+"""
+
+import json
+import math
+import re
+import shlex
+import textwrap
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
+
+import yaml
+from trl import ModelConfig
+
+from .config import _FOREIGN_LOSS_FIELDS, _LONG_COMPLETION, _REFUSED_LOSS_TYPES, _WIDE_EPSILON, GSPOConfig
+from .config import _LOSS_TYPES as LOSS_TYPES
+from .config import MINIBATCHES_PER_ROLLOUT as MINIBATCHES
+from .health import HealthBounds
+from .objective import EPSILON_HIGH, EPSILON_LOW, LEVELS
+
+
+# Below this a KL coefficient becomes 0: the rule of the conversion helper in stateset-agents' guide. GSPO's objective
+# (equation 5) is stated without the term.
+SMALL_KL = 0.05
+
+# Where the source packs a micro-batch by tokens, it names no number of completions for one.
+_MICRO_BATCH = 8
+
+# Options of `scripts/train.py` that are none of TRL's; a test compares them with its parser.
+SCRIPT_OPTIONS = (
+    "dataset_name",
+    "dataset_config",
+    "dataset_train_split",
+    "eval_dataset_name",
+    "dataset_test_split",
+    "dataset_streaming",
+    "prompt_column",
+    "prompt_template",
+    "system_prompt",
+    "conversational",
+    "solution_column",
+    "reward_funcs",
+    "reward_kwargs",
+    "health_watch",
+    "curves",
+)
+
+# Without these `scripts/train.py` does not start.
+REQUIRED = {
+    "model_name_or_path": "a folder or a hub id",
+    "dataset_name": "a file, a folder or a hub id, with `prompt_column` and `solution_column` for its columns",
+    "reward_funcs": "rewards by name or as package.module.function",
+}
+
+
+class MigrationError(ValueError):
+    """What was given cannot be migrated; the message says why, and what to do."""
+
+
+class Row(NamedTuple):
+    """What becomes of a field: the option it turns into (`None`: dropped), and why, where that is not plain."""
+
+    to: str | None = None
+    why: str = ""
+    convert: Callable[[Any], Any] | None = None
+    asks: bool = False  # a person has to decide
+
+
+@dataclass
+class Migration:
+    """
+    A configuration of `scripts/train.py`, and what became of each field of its source.
+
+    Attributes:
+        system (`str`): where it comes from, one of [`SYSTEMS`].
+        values (`dict[str, Any]`): options and their values.
+        remarks (`dict[str, list[str]]`): for each option that does not merely stand as it stood, where it is from and why.
+        dropped (`list[str]`): source fields without a counterpart, with value and reason.
+        questions (`list[str]`): what a person has to decide.
+        unknown (`dict[str, Any]`): source fields that were not understood.
+        unset (`list[str]`): source fields that are null.
+        batch (`str`): the arithmetic of the batch in one sentence.
+    """
+
+    system: str
+    values: dict[str, Any] = field(default_factory=dict)
+    remarks: dict[str, list[str]] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
+    questions: list[str] = field(default_factory=list)
+    unknown: dict[str, Any] = field(default_factory=dict)
+    unset: list[str] = field(default_factory=list)
+    batch: str = ""
+    # Values of the source that no single option holds, by the name after `@` in the tables: (source field, value).
+    _facts: dict[str, tuple[str, Any]] = field(default_factory=dict, repr=False)
+
+    def set(self, option: str, value: Any, *remarks: str) -> None:
+        self.values[option] = value
+        self.remarks.setdefault(option, []).extend(remark for remark in remarks if remark)
+
+    def drop(self, source: str, value: Any, why: str) -> None:
+        self.dropped.append(f"{source}: {_short(value)}. {why}")
+
+    def fact(self, name: str) -> Any:
+        return self._facts[name][1] if name in self._facts else None
+
+    def source(self, name: str) -> str:
+        """The source's own words for a fact: `name: value`."""
+        source, value = self._facts[name]
+        return f"{source}: {_short(value)}"
+
+
+# ---- tables: field of the source -> what becomes of it
+
+_NO_PROMPT_LIMIT = "TRL cuts no prompts: leave long ones out of the data."
+_OTHER_ENGINE = "Of its own engine; `use_vllm` and the options vllm_... are TRL's."
+_OTHER_SHARDING = "Of its own sharding; use accelerate's or DeepSpeed's: configs/deepspeed/zero3.json."
+_CRITIC = "GSPO has no critic."
+_WATCHED = "The health watch warns and stops, by the bounds health_..."
+_ONE_OLD_POLICY = (
+    "Here the old policy is the one that sampled, and each rollout is trained on for four optimizer steps "
+    "(GSPO paper, section 5.1)."
+)
+
+
+def _steps_or_none(value: Any) -> Any:
+    return value if _number("", value) > 0 else None
+
+
+_REMOVED_FROM_TRL = "No option of TRL 1.14 to 1.16 any more."
+
+TRL = {
+    "torch_dtype": Row("dtype", "Renamed by TRL."),
+    "warmup_ratio": Row("warmup_steps", "transformers 5 takes a share below 1 as `warmup_steps`."),
+    "evaluation_strategy": Row("eval_strategy", "Renamed by transformers."),
+    "use_liger_loss": Row("use_liger_kernel", "Renamed by TRL."),
+    "wandb_log_unique_prompts": Row("log_unique_prompts", "Renamed by TRL."),
+    "vllm_importance_sampling_cap": Row("vllm_importance_sampling_clip_max", "Renamed by TRL."),
+    "use_transformers_paged": Row("use_transformers_continuous_batching", "Renamed by TRL."),
+    "vllm_max_model_len": Row("vllm_max_model_length", "Renamed by TRL."),
+    "vllm_guided_decoding_regex": Row("vllm_structured_outputs_regex", "Renamed by TRL."),
+    "no_cuda": Row("use_cpu", "Renamed by transformers."),
+    "reward_model_name_or_path": Row("@reward_model", "A reward model is one of the `reward_funcs`."),
+    "steps_per_generation": Row("@steps_per_generation", "Kept, unless it makes one optimizer step a rollout."),
+    "generation_batch_size": Row("@generation_batch_size", "As `steps_per_generation`, for the processes at hand."),
+    "overwrite_output_dir": Row(None, "Here it deletes checkpoints; the output folder is a new one."),
+    "resume_from_checkpoint": Row(None, "A checkpoint of the other run; the new one starts from the model."),
+    "ignore_bias_buffers": Row(None, "GRPO never read it."),
+    "gradient_checkpointing_use_reentrant": Row(None, _REMOVED_FROM_TRL),
+    "max_prompt_length": Row(None, _NO_PROMPT_LIMIT),
+    "logging_dir": Row(None, "transformers 5 takes it from the environment: TENSORBOARD_LOGGING_DIR."),
+    "use_vespo": Row(None, _REMOVED_FROM_TRL),
+    "datasets": Row("@datasets", "One data set becomes `dataset_name`; a mixture has to be made before.", None, True),
+    "streaming": Row("dataset_streaming", "Of a mixture; the option for one data set."),
+    "test_split_size": Row(
+        None, "Slices do it: `dataset_train_split: train[100:]`, `dataset_test_split: train[:100]`."
+    ),
+}
+
+STATESET = {
+    "model_name": Row("model_name_or_path"),
+    "cliprange": Row("epsilon"),
+    "clip_ratio": Row("epsilon"),
+    "clip_range_left": Row("epsilon"),
+    "clip_range_right": Row("epsilon_high"),
+    "kl_coef": Row("beta"),
+    "use_reference_model": Row(
+        "@use_reference_model", "Its KL term needs it; TRL loads the reference model if `beta` > 0."
+    ),
+    "use_gspo_token": Row("@use_gspo_token", "True: `importance_sampling_level: sequence_token`."),
+    "rescore_old_log_probs": Row("@rescore", "False: `use_rollout_logps: true`, which needs vLLM."),
+    "num_outer_iterations": Row("@rollouts", "Rollouts: times four optimizer steps it is `max_steps`."),
+    "generations_per_iteration": Row("@prompts_per_rollout", "Prompts in a rollout; ours holds as many."),
+    "mini_batch_size": Row(None, "Its trainer does not read it."),
+    "generation_batch_size": Row(None, "Of its sampler; a rollout is sized by `steps_per_generation`."),
+    "num_episodes": Row(
+        "@episodes", "Divided by `gradient_accumulation_steps`, as its get_total_steps does: `max_steps`."
+    ),
+    "num_epochs": Row("num_train_epochs"),
+    "batch_size": Row("per_device_train_batch_size", "Its alias."),
+    "max_examples": Row("@max_examples", "A slice of `dataset_train_split`."),
+    "use_lora": Row("use_peft"),
+    "use_8bit": Row("load_in_8bit"),
+    "use_4bit": Row("load_in_4bit"),
+    "warmup_ratio": TRL["warmup_ratio"],
+    "wandb_project": Row("@env WANDB_PROJECT", "Weights & Biases reads it from the environment."),
+    "wandb_entity": Row("@env WANDB_ENTITY", "As above."),
+    "wandb_tags": Row("@env WANDB_TAGS", "As above, with commas."),
+    "wandb_notes": Row("@env WANDB_NOTES", "As above."),
+    "wandb_run_name": Row("run_name", "Its alias."),
+    "advantage_normalization": Row("scale_rewards", "", lambda value: "group" if value else "none"),
+    "vllm_max_model_len": Row("vllm_max_model_length"),
+    "vllm_enable_prefix_caching": Row(None, _OTHER_ENGINE),
+    "vllm_enable_chunked_prefill": Row(None, _OTHER_ENGINE),
+    "vllm_quantization": Row(None, _OTHER_ENGINE),
+    "max_prompt_length": Row(None, _NO_PROMPT_LIMIT),
+    "overwrite_output_dir": TRL["overwrite_output_dir"],
+    "gamma": Row(None, "One reward for each completion is not discounted; `step_discount` is for step rewards."),
+    "gae_lambda": Row(None, _CRITIC),
+    "value_clip": Row(None, _CRITIC),
+    "reward_clip": Row(None, "Rewards are normalised in their group; clip in the reward function if they need it."),
+    "baseline_type": Row("@baseline", "group_mean is GSPO's."),
+    "entropy_coef": Row(
+        None, "GSPO has no entropy bonus. TRL's `entropy_coef` is one; every row then goes through the model."
+    ),
+    "auto_adjust": Row(None, _WATCHED),
+    "early_stopping": Row(None, _WATCHED),
+    "patience": Row(None, _WATCHED),
+    "eval_split_size": Row(None, TRL["test_split_size"].why),
+    "stratify_by_task": Row(None, "No counterpart."),
+    "data_format": Row(None, "The ending of the file says it."),
+    "run_post_eval": Row(None, "Set `eval_strategy` to evaluate."),
+    "post_eval_samples": Row(None, "As `run_post_eval`."),
+    "post_eval_detailed": Row(None, "As `run_post_eval`."),
+    "max_steps_per_episode": Row(None, "Its trainer does not read it."),
+}
+
+_OWN_DATA = {
+    "gsm8k": {
+        "dataset_name": "openai/gsm8k",
+        "dataset_config": "main",
+        "prompt_column": "question",
+        "solution_column": "answer",
+        "system_prompt": 'Reason step by step, then give the final number behind four hashes, as in "#### 72".',
+        "reward_funcs": ["final_number_reward"],
+    },
+    "math": {},
+    "code": {},
+    "mixed": {},
+}
+
+STANDALONE = {
+    "model_name": Row("model_name_or_path"),
+    "left_clip_range": Row("epsilon"),
+    "right_clip_range": Row("epsilon_high"),
+    "group_size": Row("num_generations"),
+    "batch_size": Row("@prompts_per_step", "Prompts in an optimizer step: times `group_size` completions."),
+    "mini_batch_size": Row("@prompts_per_micro_batch", "Prompts in a micro-batch: times `group_size` completions."),
+    "gradient_accumulation_steps": Row("@accumulation", "Multiplies the prompts of an optimizer step."),
+    "grad_accum_steps": Row("@accumulation", "Multiplies the prompts of an optimizer step."),
+    "update_frequency": Row(None, f"Epochs until its old policy is refreshed. {_ONE_OLD_POLICY}"),
+    "dataset": Row("@own_data", "gsm8k is on the hub; the others are made by its own code."),
+    "num_train_samples": Row("@max_examples", "A slice of `dataset_train_split`."),
+    "train_size": Row("@max_examples", "A slice of `dataset_train_split`."),
+    "num_eval_samples": Row("@eval_examples", "A slice of `dataset_test_split`."),
+    "eval_size": Row("@eval_examples", "A slice of `dataset_test_split`."),
+    "val_split": Row(None, TRL["test_split_size"].why),
+    "num_epochs": Row("num_train_epochs"),
+    "max_length": Row("max_completion_length", "There it counts the prompt too; here the completion alone."),
+    "log_frequency": Row("logging_steps"),
+    "eval_frequency": Row("@eval_steps", "`eval_steps`, where there is something to evaluate on."),
+    "use_wandb": Row("report_to", "", lambda value: "wandb" if value else "none"),
+    "device": Row("use_cpu", "", lambda value: str(value).startswith("cpu")),
+    "use_8bit_optimizer": Row("@adam8bit", "`optim: adamw_bnb_8bit`."),
+    "use_gradient_checkpointing": Row("gradient_checkpointing"),
+    "reward_normalization": Row(None, "Rewards are normalised in their group."),
+    "advantage_normalization": STATESET["advantage_normalization"],
+    "early_stopping_patience": Row(None, _WATCHED),
+    "use_curriculum": Row(None, "No counterpart: order the data, with `shuffle_dataset: false`."),
+    "curriculum_threshold": Row(None, "As `use_curriculum`."),
+}
+
+_A = "actor_rollout_ref.actor."
+_M = "actor_rollout_ref.model."
+_R = "actor_rollout_ref.rollout."
+
+VERL = {
+    _M + "path": Row("model_name_or_path"),
+    _M + "trust_remote_code": Row("trust_remote_code"),
+    _M + "enable_gradient_checkpointing": Row("gradient_checkpointing"),
+    _M + "lora_rank": Row("@lora_rank", "0 is no adapter; else `use_peft` and `lora_r`."),
+    _M + "lora_alpha": Row("lora_alpha"),
+    _M + "target_modules": Row("lora_target_modules"),
+    _M + "use_liger": Row("use_liger_kernel"),
+    _M + "use_remove_padding": Row(None, "`pack_live_tokens` leaves out padding, and is on."),
+    _M + "use_fused_kernels": Row(None, "TRL's head is fused already."),
+    _M + "enable_activation_offload": Row(None, _OTHER_SHARDING),
+    _M + "use_shm": Row(None, _OTHER_SHARDING),
+    _M + "external_lib": Row(None, "Import it in a script of your own."),
+    _M + "override_config": Row(None, "`model_init_kwargs` goes to from_pretrained."),
+    "data.train_files": Row("@train_files", "`dataset_name`, if it is one file."),
+    "data.val_files": Row("@val_files", "`eval_dataset_name`, if it is one file and `trainer.test_freq` is set."),
+    "data.prompt_key": Row("prompt_column"),
+    "data.train_batch_size": Row("@prompts_per_rollout", "Prompts in a rollout."),
+    "data.max_prompt_length": Row(None, _NO_PROMPT_LIMIT),
+    "data.max_response_length": Row("max_completion_length"),
+    "data.shuffle": Row("shuffle_dataset"),
+    "data.seed": Row("data_seed"),
+    "data.trust_remote_code": Row(None, "As `actor_rollout_ref.model.trust_remote_code`."),
+    "data.truncation": Row(None, _NO_PROMPT_LIMIT),
+    "data.filter_overlong_prompts": Row(None, _NO_PROMPT_LIMIT),
+    "data.filter_overlong_prompts_workers": Row(None, _NO_PROMPT_LIMIT),
+    "data.dataloader_num_workers": Row("dataloader_num_workers"),
+    "data.reward_fn_key": Row(None, "Rewards are named in `reward_funcs`."),
+    "data.val_batch_size": Row(None, "`per_device_eval_batch_size` counts completions."),
+    _A + "optim.lr": Row("learning_rate"),
+    _A + "optim.lr_warmup_steps": Row(
+        "@warmup_steps", "Counted in rollouts there: times the minibatches of one here."
+    ),
+    _A + "optim.lr_warmup_steps_ratio": Row("@warmup_ratio", "A share below 1 is `warmup_steps` too."),
+    _A + "optim.weight_decay": Row("weight_decay"),
+    _A + "optim.betas": Row("@betas", "`adam_beta1` and `adam_beta2`."),
+    _A + "optim.clip_grad": Row("max_grad_norm"),
+    _A + "optim.warmup_style": Row("@schedule", "constant: `constant_with_warmup`."),
+    _A + "optim.lr_scheduler_type": Row("@schedule", "constant: `constant_with_warmup`."),
+    _A + "optim.min_lr_ratio": Row(None, "`lr_scheduler_type: cosine_with_min_lr` has it."),
+    _A + "optim.num_cycles": Row(None, "`lr_scheduler_kwargs` has it."),
+    _A + "optim.total_training_steps": Row(None, "`max_steps` says it."),
+    _A + "grad_clip": Row("max_grad_norm"),
+    _A + "strategy": Row(None, _OTHER_SHARDING),
+    _A + "ppo_mini_batch_size": Row(
+        "@prompts_per_step", "Prompts in an optimizer step: times `rollout.n` completions."
+    ),
+    _A + "ppo_micro_batch_size_per_gpu": Row(
+        "@completions_per_micro_batch", "Completions of one process in a forward."
+    ),
+    _A + "ppo_micro_batch_size": Row("@completions_of_all", "The same over all processes."),
+    _A + "use_dynamic_bsz": Row(
+        "@dynamic", "Micro-batches by tokens: here rows are packed and balanced by tokens anyway."
+    ),
+    _A + "ppo_max_token_len_per_gpu": Row(None, "As `use_dynamic_bsz`."),
+    _A + "ppo_epochs": Row("num_iterations"),
+    _A + "shuffle": Row(None, "TRL draws the minibatches of a rollout at random."),
+    _A + "clip_ratio": Row("@clip_ratio", "Both sides, where low and high do not say otherwise."),
+    _A + "clip_ratio_low": Row("epsilon"),
+    _A + "clip_ratio_high": Row("epsilon_high"),
+    _A + "clip_ratio_c": Row(None, "Its GSPO loss does not read it; TRL's `delta` bounds the ratio from above."),
+    _A + "policy_loss.loss_mode": Row(
+        "@loss_mode",
+        "gspo: `importance_sampling_level: sequence`. It has the gradient of GSPO-token, "
+        "which is GSPO's where a completion has one advantage.",
+    ),
+    _A + "loss_agg_mode": Row("@loss_agg_mode", "seq-mean-token-mean is `loss_type: grpo`."),
+    _A + "entropy_coeff": Row("@entropy", "0 is the default; else TRL's `entropy_coef`."),
+    _A + "use_kl_loss": Row("@use_kl_loss", "False: `beta` is 0."),
+    _A + "kl_loss_coef": Row("@kl_loss_coef", "`beta`, with `use_kl_loss`."),
+    _A + "kl_loss_type": Row(None, "TRL's estimator is k3, low_var_kl there."),
+    _A + "freeze_vision_tower": Row(None, "No counterpart."),
+    _A + "tis_imp_ratio_cap": Row(None, "TRL has `vllm_importance_sampling_correction`."),
+    _R + "n": Row("num_generations"),
+    _R + "name": Row("@engine", "vllm and sglang: `use_vllm`; hf: generation by transformers."),
+    _R + "temperature": Row("temperature"),
+    _R + "top_p": Row("top_p"),
+    _R + "top_k": Row("top_k", "-1 there is 0 here: no limit.", lambda value: max(int(value), 0)),
+    _R + "prompt_length": Row(None, _NO_PROMPT_LIMIT),
+    _R + "response_length": Row("max_completion_length"),
+    _R + "gpu_memory_utilization": Row("vllm_gpu_memory_utilization"),
+    _R + "tensor_model_parallel_size": Row("vllm_tensor_parallel_size"),
+    _R + "max_model_len": Row("vllm_max_model_length"),
+    _R + "free_cache_engine": Row("vllm_enable_sleep_mode"),
+    "algorithm.adv_estimator": Row("@adv_estimator", "grpo is GSPO's; others are not."),
+    "algorithm.norm_adv_by_std_in_grpo": Row("scale_rewards", "", lambda value: "group" if value else "none"),
+    "algorithm.use_kl_in_reward": Row("@kl_in_reward", "TRL has the KL term in the loss alone."),
+    "algorithm.kl_ctrl.kl_coef": Row("@kl_ctrl", "Read with `use_kl_in_reward`."),
+    "algorithm.gamma": Row(None, STATESET["gamma"].why),
+    "algorithm.lam": Row(None, _CRITIC),
+    "algorithm.kl_penalty": Row(None, "Of the KL term in the reward."),
+    "trainer.total_epochs": Row("num_train_epochs"),
+    "trainer.total_training_steps": Row("@rollouts", "Rollouts: times the minibatches of one it is `max_steps`."),
+    "trainer.save_freq": Row("@save_freq", "Rollouts: times the minibatches of one; -1 is never."),
+    "trainer.test_freq": Row("@test_freq", "Rollouts: times the minibatches of one; -1 is never."),
+    "trainer.val_before_train": Row("@eval_on_start", "`eval_on_start`, where `trainer.test_freq` is set."),
+    "trainer.logger": Row("@loggers", "`report_to`; the console is always on."),
+    "trainer.project_name": Row("@env WANDB_PROJECT", STATESET["wandb_project"].why),
+    "trainer.experiment_name": Row("run_name"),
+    "trainer.default_local_dir": Row("output_dir"),
+    "trainer.n_gpus_per_node": Row("@gpus", "Processes: the batch is divided by them."),
+    "trainer.nnodes": Row("@nodes", "Processes: the batch is divided by them."),
+    "trainer.max_actor_ckpt_to_keep": Row("save_total_limit"),
+    "trainer.log_val_generations": Row(None, "`log_completions: true` logs those of the training."),
+    "trainer.resume_mode": Row(None, "--resume goes on from the last checkpoint."),
+    "trainer.critic_warmup": Row(None, _CRITIC),
+    "trainer.balance_batch": Row(None, "Rows are balanced between ranks by tokens."),
+    "trainer.device": Row("use_cpu", "", lambda value: str(value) == "cpu"),
+    "custom_reward_function.path": Row(
+        None,
+        "Signature differs: TRL's get completions and columns, and return a list. Wrap it, and name it in `reward_funcs`.",
+        None,
+        True,
+    ),
+    "custom_reward_function.name": Row(None, "As `custom_reward_function.path`."),
+}
+
+# Whole sections of verl's configuration, the longest name first.
+VERL_SECTIONS = {
+    _A + "fsdp_config": _OTHER_SHARDING,
+    _A + "megatron": _OTHER_SHARDING,
+    _A + "ulysses_sequence_parallel_size": _OTHER_SHARDING,
+    _A + "optim": "Of its own optimizer.",
+    _A + "checkpoint": "`save_only_model: true` saves the weights alone.",
+    _A + "policy_loss": "Of other losses.",
+    _A + "profiler": "No counterpart.",
+    _A + "entropy_checkpointing": "TRL's head computes entropies in chunks.",
+    _A + "entropy_from_logits_with_chunking": "TRL's head computes entropies in chunks.",
+    _A + "use_torch_compile": "`torch_compile` compiles the model; nothing is packed then.",
+    _A + "use_fused_kernels": VERL[_M + "use_fused_kernels"].why,
+    _A + "use_remove_padding": VERL[_M + "use_remove_padding"].why,
+    _R.rstrip("."): _OTHER_ENGINE,
+    _M.rstrip("."): "Of its own model loading.",
+    "actor_rollout_ref.ref": "TRL loads the reference model if `beta` > 0, and shards it as the model.",
+    "actor_rollout_ref": "No counterpart.",
+    "algorithm": "Of other algorithms.",
+    "critic": _CRITIC,
+    "reward_model": "Rewards are named in `reward_funcs`.",
+    "reward": "Rewards are named in `reward_funcs`.",
+    "data": "Of its own data loader.",
+    "trainer": "No counterpart.",
+    "global_profiler": "No counterpart.",
+    "ray_init": "accelerate starts the processes.",
+    "ray_kwargs": "accelerate starts the processes.",
+    "transfer_queue": "No counterpart.",
+    "defaults": "Of Hydra. Give the composed configuration: `python -m verl.trainer.main_ppo ... --cfg job`.",
+    "hydra": "Of Hydra.",
+    "--config-path": "Of Hydra.",
+    "--config-name": "Of Hydra.",
+}
+
+_SWIFT_REWARDS = {
+    "accuracy": "accuracy_reward",
+    "format": "think_format_reward",
+    "cosine": "get_cosine_scaled_reward",
+    "repetition": "get_repetition_penalty_reward",
+    "soft_overlong": "get_soft_overlong_punishment",
+}
+
+SWIFT = {
+    "model": Row("model_name_or_path"),
+    "torch_dtype": Row("dtype"),
+    "attn_impl": Row("attn_implementation", "", lambda value: {"flash_attn": "flash_attention_2"}.get(value, value)),
+    "rlhf_type": Row("@rlhf_type", "Has to be grpo."),
+    "train_type": Row("@tuner", "lora is its default: `use_peft`."),
+    "tuner_type": Row("@tuner", "lora is its default: `use_peft`."),
+    "sft_type": Row("@tuner", "lora is its default: `use_peft`."),
+    "lora_rank": Row("lora_r"),
+    "target_modules": Row(
+        "lora_target_modules", "", lambda value: "all-linear" if value in ("DEFAULT", ["DEFAULT"]) else value
+    ),
+    "modules_to_save": Row("lora_modules_to_save"),
+    "quant_method": Row("@quant_method", "bnb: `load_in_4bit` or `load_in_8bit`, by `quant_bits`."),
+    "quant_bits": Row("@quant_bits", "With `quant_method: bnb`."),
+    "bnb_4bit_use_double_quant": Row("use_bnb_nested_quant"),
+    "bnb_4bit_compute_dtype": Row(None, "TRL computes in `dtype`."),
+    "dataset": Row("@dataset", "One of them, with `#n` as a slice of `dataset_train_split`."),
+    "val_dataset": Row("@val_dataset", "`eval_dataset_name`."),
+    "split_dataset_ratio": Row(None, TRL["test_split_size"].why),
+    "columns": Row("@columns", "`prompt_column` and `solution_column`."),
+    "system": Row("system_prompt"),
+    "reward_funcs": Row(
+        "@reward_funcs",
+        "accuracy, format, cosine, repetition and soft_overlong have TRL's names; plugins are functions of your own.",
+    ),
+    "reward_model": Row("@reward_model", TRL["reward_model_name_or_path"].why),
+    "external_plugins": Row(None, "Name its functions in `reward_funcs`, as package.module.function.", None, True),
+    "soft_cache_length": Row("@soft_cache_length", "`reward_kwargs` of get_soft_overlong_punishment."),
+    "soft_max_length": Row("@soft_max_length", "`reward_kwargs` of get_soft_overlong_punishment."),
+    "steps_per_generation": TRL["steps_per_generation"],
+    "generation_batch_size": TRL["generation_batch_size"],
+    "overlong_filter": Row("mask_truncated_completions"),
+    "warmup_ratio": TRL["warmup_ratio"],
+    "vllm_max_model_len": Row("vllm_max_model_length"),
+    "sleep_level": Row("vllm_enable_sleep_mode", "", lambda value: int(value) > 0),
+    "deepspeed": Row("@deepspeed", "zero3 is configs/deepspeed/zero3.json."),
+    "NPROC_PER_NODE": Row("@gpus", "Processes: the batch is divided by them."),
+    "NNODES": Row("@nodes", "Processes: the batch is divided by them."),
+    "max_length": Row(None, _NO_PROMPT_LIMIT),
+    "truncation_strategy": Row(None, _NO_PROMPT_LIMIT),
+    "max_new_tokens": Row("max_completion_length", "Its older name."),
+    "response_length": Row("max_completion_length", "Its older name."),
+    "dynamic_sample": Row(
+        None, "TRL does not sample again; groups of equal rewards cost nothing in the loss step here."
+    ),
+    "max_resample_times": Row(None, "As `dynamic_sample`."),
+    "offload_optimizer": Row(None, "`vllm_enable_sleep_mode` and DeepSpeed's offloading are TRL's ways."),
+    "offload_model": Row(None, "As `offload_optimizer`."),
+    "gc_collect_after_offload": Row(None, "As `offload_optimizer`."),
+    "move_model_batches": Row(None, "As `offload_optimizer`."),
+    "log_entropy": Row(None, "TRL logs the entropy always."),
+    "advantage_estimator": Row("@adv_estimator", "grpo is GSPO's; others are not."),
+    "kl_in_reward": Row("@kl_in_reward", "TRL has the KL term in the loss alone."),
+    "load_from_cache_file": Row(None, "The library `datasets` keeps a cache by itself."),
+    "dataset_num_proc": Row(None, "The library `datasets` reads in one process here."),
+    "dataset_shuffle": Row("shuffle_dataset"),
+    "train_dataloader_shuffle": Row("shuffle_dataset"),
+    "model_type": Row(None, "transformers reads it from the model."),
+    "template": Row(None, "The chat template is the tokenizer's."),
+    "use_hf": Row(None, "Models and data come from the Hugging Face hub."),
+    "check_model": Row(None, "No counterpart."),
+    "add_version": Row(None, "The output folder is used as it is."),
+    "tuner_backend": Row(None, "PEFT."),
+    "async_generate": Row(None, "No counterpart."),
+    "multi_turn_scheduler": Row(None, "TRL's are `environment_factory` and `tools`, in a script.", None, True),
+    "max_turns": Row(None, "`max_tool_calling_iterations` limits TRL's tool calls."),
+    "padding_free": Row(None, VERL[_M + "use_remove_padding"].why),
+    "sequence_parallel_size": Row(None, "GRPO of TRL has no sequence parallelism."),
+    "vllm_max_num_seqs": Row(None, _OTHER_ENGINE),
+    "vllm_enforce_eager": Row(None, _OTHER_ENGINE),
+    "vllm_enable_prefix_caching": Row(None, _OTHER_ENGINE),
+    "vllm_limit_mm_per_prompt": Row(None, _OTHER_ENGINE),
+    "vllm_disable_custom_all_reduce": Row(None, _OTHER_ENGINE),
+    "ref_model": Row(None, "TRL's reference is the model at the start."),
+    "CUDA_VISIBLE_DEVICES": Row(None, "Set it before `accelerate launch`."),
+}
+
+SYSTEMS = {"trl": TRL, "stateset": STATESET, "standalone": STANDALONE, "verl": VERL, "ms-swift": SWIFT}
+
+NAMES = {
+    "trl": "TRL",
+    "stateset": "stateset-agents",
+    "standalone": "a stand-alone GSPO script",
+    "verl": "verl",
+    "ms-swift": "ms-swift",
+}
+
+# A value that only this system knows.
+_TELLING = {("importance_sampling_level", "sequence_token"): "ms-swift", ("rlhf_type", "grpo"): "ms-swift"}
+
+# What the source does where its configuration is silent, and TRL something else.
+_DEFAULTS = {
+    "stateset": {
+        "use_peft": True,
+        "learning_rate": 5e-6,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 4,
+    },
+    "standalone": {"num_generations": 4, "logging_steps": 5},
+    "verl": {
+        "use_vllm": True,
+        "weight_decay": 0.01,
+        "lr_scheduler_type": "constant_with_warmup",
+        "prompt_column": "prompt",
+    },
+    "ms-swift": {
+        "use_peft": True,
+        "lora_r": 8,
+        "lora_target_modules": "all-linear",
+        "temperature": 0.9,
+        "per_device_train_batch_size": 1,
+        "lr_scheduler_type": "cosine",
+        "logging_steps": 5,
+    },
+}
+
+
+def is_token_level(epsilon: float, is_sequence: bool, length: float) -> bool:
+    """
+    Whether a clip range is meant for single tokens, or is none at all.
+
+    TRL's 0.2 always is. Any other that is wide is, unless it was chosen for the ratio of sequences (`is_sequence`) that
+    are short: of `length` tokens at most.
+    """
+    is_wide = epsilon > _WIDE_EPSILON and not (is_sequence and length <= _LONG_COMPLETION)
+    return epsilon == 0.2 or is_wide or not 0 < epsilon < 1
+
+
+def known_options() -> dict[str, type]:
+    """The options of `scripts/train.py` that a configuration can hold, each with the class that has it."""
+    options: dict[str, Any] = dict.fromkeys(SCRIPT_OPTIONS)
+    for kind in (GSPOConfig, ModelConfig, HealthBounds):
+        options |= {spec.name: kind for spec in fields(kind) if spec.init}
+    return options | {"env": None}
+
+
+# ---- reading
+
+
+def read_config(text: str) -> dict[str, Any]:
+    """
+    A configuration as a mapping, from YAML or JSON.
+
+    Raises:
+        MigrationError: if it is neither, is empty, or holds no mapping.
+    """
+    try:
+        loaded = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise MigrationError(f"it is neither YAML nor JSON: {error}") from error
+    if loaded is None:
+        raise MigrationError("it is empty")
+    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
+        raise MigrationError(
+            f"it holds a {type(loaded).__name__}, and a configuration is a mapping of names to values"
+        )
+    if {"cells", "nbformat"} <= set(loaded):
+        raise MigrationError("it is a notebook: export it with `jupyter nbconvert --to script`, and migrate that")
+    return loaded
+
+
+def read_command(text: str) -> dict[str, Any]:
+    """
+    The options of a command line, or of the last command of a shell script that has any, as a mapping.
+
+    Understood are `--name value`, `--name=value`, `--flag`, Hydra's `section.name=value`, and variables that the script
+    itself sets, with `${NAME}`, `${NAME:-default}` and `$((...))`. A variable from elsewhere stays as it is written.
+
+    Raises:
+        MigrationError: if there is no option in it, or a quote is not closed.
+    """
+    variables: dict[str, str] = {}
+    found: dict[str, Any] = {}
+    joined = re.sub(r"\\[ \t]*\n", " ", text)
+    try:
+        lines = [shlex.split(line) for line in _logical_lines(joined)]
+    except ValueError as error:
+        raise MigrationError(f"the command line cannot be read: {error}") from error
+    for words in lines:
+        if words[:1] == ["export"]:
+            words = words[1:]
+        leading = 0
+        while leading < len(words) and re.match(r"[A-Za-z_]\w*=", words[leading]):
+            leading += 1
+        assigned = dict(word.split("=", 1) for word in words[:leading])
+        variables |= {name: _expand(value, variables) for name, value in assigned.items()}
+        options = _options([_expand(word, variables) for word in _split_lists(words[leading:], variables)])
+        if options:
+            found = {name: _scalar(value) for name, value in assigned.items() if name in SWIFT} | options
+    if not found:
+        raise MigrationError("there is no option such as --name value or section.name=value in it")
+    return found
+
+
+def _logical_lines(text: str) -> list[str]:
+    """Lines without comments, with a quote that goes on over several as one."""
+    lines, line, quote = [], "", ""
+    previous = "\n"
+    for character in text + "\n":
+        if quote == "#":
+            quote = "" if character == "\n" else "#"
+        elif quote:
+            quote = "" if character == quote and previous != "\\" else quote
+        elif character in "\"'" and previous != "\\":
+            quote = character
+        elif character == "#" and previous in " \t\n":
+            quote = "#"
+        if character == "\n" and not quote:
+            lines.append(line)
+            line = ""
+        elif quote != "#":
+            line += character
+        previous = character
+    return [*lines, line] if line else lines
+
+
+def _split_lists(words: list[str], variables: Mapping[str, str]) -> list[str]:
+    """A word that is nothing but a variable with several options in it is those options."""
+    result: list[str] = []
+    for word in words:
+        name = re.fullmatch(r"\$\{?(\w+)\}?", word)
+        value = variables.get(name[1], "") if name else ""
+        result += shlex.split(value.replace("\\", " ")) if "=" in value or "--" in value else [word]
+    return result
+
+
+def _expand(text: str, variables: Mapping[str, str]) -> str:
+    def variable(match: re.Match) -> str:
+        name, default = match[1] or match[3], match[2]
+        return variables.get(name, default if default is not None else match[0])
+
+    text = re.sub(r"\$\{(\w+)(?::-([^}]*))?\}|\$([A-Za-z_]\w*)", variable, text)
+
+    def arithmetic(match: re.Match) -> str:
+        body = re.sub(r"[A-Za-z_]\w*", lambda name: variables.get(name[0], name[0]), match[1])
+        if not re.fullmatch(r"[\d\s+*/()-]+", body):
+            return match[0]
+        try:
+            return str(eval(body.replace("/", "//"), {"__builtins__": {}}))  # digits and operators alone
+        except (SyntaxError, ZeroDivisionError):
+            return match[0]
+
+    return re.sub(r"\$\(\((.*?)\)\)(?!\))", arithmetic, text)
+
+
+def _options(words: list[str]) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    index = 0
+    while index < len(words):
+        word = words[index]
+        index += 1
+        if re.match(r"[+~]{0,2}[A-Za-z_][\w.]*=", word) and not word.startswith("-"):
+            name, value = word.lstrip("+~").split("=", 1)
+            options[name] = _scalar(value)
+        elif re.match(r"--?[A-Za-z]", word) and not re.fullmatch(r"-[a-z]", word):
+            name, equals, value = word.lstrip("-").partition("=")
+            values = [value] if equals else []
+            while (
+                not equals
+                and index < len(words)
+                and not re.match(r"--[A-Za-z]|[+~]{0,2}[A-Za-z_][\w.]*=", words[index])
+            ):
+                values.append(words[index].rstrip(",") if words[index] != "," else "")
+                index += 1
+            values = [value for value in values if value] if len(values) > 1 else values
+            hydra = name in ("config-path", "config-name", "config-dir")
+            name = f"--{name}" if hydra else name.replace("-", "_")
+            options[name] = (
+                True if not values else _scalar(values[0]) if len(values) == 1 else list(map(_scalar, values))
+            )
+    return options
+
+
+def _scalar(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str):
+        try:
+            return float(value) if re.search(r"\d", value) else value
+        except ValueError:
+            return value
+    return value
+
+
+def detect(config: Mapping[str, Any]) -> str:
+    """
+    The system that a configuration is for, by its fields.
+
+    Returns:
+        `str`: one of [`SYSTEMS`]: the one that knows more of the fields than any other.
+
+    Raises:
+        MigrationError: if two know equally many, or none knows half of them. The message names the options.
+    """
+    told = {_TELLING[key] for key in config.items() if isinstance(key[1], str) and key in _TELLING}
+    if len(told) == 1:
+        return told.pop()
+    names = [name for name in _flat(config) if name != "env"]
+    scores = {system: sum(_row(system, name) is not None for name in names) for system in SYSTEMS}
+    best = max(scores.values(), default=0)
+    leaders = [system for system, score in scores.items() if score == best]
+    if 2 * best < len(names) or not names:
+        raise MigrationError(
+            f"no system is known by these fields: {_listed(names)}. Known are {', '.join(SYSTEMS)}; give --from SYSTEM "
+            "if it is one of them."
+        )
+    if len(leaders) > 1:
+        raise MigrationError(
+            f"its fields fit {' and '.join(leaders)} equally well: {_listed(names)}. Give --from "
+            f"{' or --from '.join(leaders)}."
+        )
+    return leaders[0]
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Sections of verl's configuration as dotted names; other mappings stay values."""
+    sections = (
+        "actor_rollout_ref",
+        "algorithm",
+        "critic",
+        "reward_model",
+        "data",
+        "trainer",
+        "custom_reward_function",
+    )
+    sections += ("global_profiler", "ray_init", "ray_kwargs", "transfer_queue", "hydra", "actor", "rollout", "reward")
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        dotted = f"{prefix}{name}"
+        if isinstance(value, Mapping) and (prefix or name in sections):
+            flat |= _flat(value, f"{dotted}.")
+        else:
+            flat[dotted] = value
+    return flat
+
+
+def _verl_name(name: str) -> str:
+    """A field of verl by its whole name: `clip_ratio_low` is the actor's."""
+    if name in VERL:
+        return name
+    whole = [known for known in VERL if known.endswith(f".{name}")]
+    return whole[0] if len(whole) == 1 else name
+
+
+def _row(system: str, name: str) -> Row | None:
+    """What becomes of a field of `system`; `None` if it is not known."""
+    if system == "verl":
+        name = _verl_name(name)
+        if name.split(".")[-1] == "_target_":
+            return Row(None, "Of Hydra.")
+        section = next((key for key in VERL_SECTIONS if name == key or name.startswith(f"{key}.")), None)
+        return VERL.get(name) or (Row(None, VERL_SECTIONS[section]) if section else None)
+    if name in SYSTEMS[system]:
+        return SYSTEMS[system][name]
+    if name in known_options():
+        # A stand-alone script has few names of its own, and TRL's data and batch options are not among them.
+        return Row(name) if system != "standalone" or name in _STANDALONE_SHARED else None
+    return None
+
+
+_STANDALONE_SHARED = {"learning_rate", "output_dir", "seed", "max_grad_norm", "weight_decay", "temperature", "beta"}
+
+
+# ---- migrating
+
+
+def migrate_config(
+    config: Mapping[str, Any], system: str | None = None, num_processes: int | None = None
+) -> Migration:
+    """
+    Turns a configuration into one of `scripts/train.py` that trains GSPO.
+
+    Clip ranges for single tokens become the paper's, a KL coefficient below [`SMALL_KL`] becomes 0, losses that are not
+    GSPO's become its own, and the batch is counted in TRL's terms: `per_device_train_batch_size` in completions,
+    `steps_per_generation` in micro-batches. What was chosen, and is GSPO's, stays. Every field of the source is in
+    the result: as an option, with a remark if it is not just carried over, as dropped, as unset, or as unknown.
+
+    Args:
+        config (`Mapping[str, Any]`): of TRL, stateset-agents, a stand-alone GSPO script, verl or ms-swift.
+        system (`str`, *optional*): one of [`SYSTEMS`]; by default [`detect`] tells it.
+        num_processes (`int`, *optional*): that will train, which divide the batch; by default as many as the source
+            names, or 1.
+
+    Returns:
+        `Migration`.
+
+    Raises:
+        MigrationError: if the system cannot be told, or a value cannot be read.
+    """
+    system = system or detect(config)
+    if system not in SYSTEMS:
+        raise MigrationError(f"`--from {system}` is not known; known are {', '.join(SYSTEMS)}.")
+    result = Migration(system)
+    for name, value in (_flat(config) if system == "verl" else config).items():
+        _take(result, name, value)
+    _expand_facts(result)
+    for option, value in _DEFAULTS.get(system, {}).items():
+        if option not in result.values and _is_default_wanted(result, option):
+            result.set(option, value, f"Not in the source, whose default it is: {_short(value)}.")
+    _objective(result)
+    _adapter(result)
+    _vllm(result)
+    _batch(result, num_processes)
+    _evaluation(result)
+    _names(result)
+    for option, meaning in REQUIRED.items():
+        if option not in result.values:
+            result.questions.append(f"`{option}` is not in the source: {meaning}.")
+    return result
+
+
+def _take(result: Migration, name: str, value: Any) -> None:
+    row = _row(result.system, name)
+    if row is None:
+        result.unknown[name] = value
+        return
+    if value is None:
+        result.unset.append(name)
+        return
+    if isinstance(value, str) and "$" in value and result.system in ("verl", "standalone", "ms-swift"):
+        if "${" in value and "oc." in value or re.match(r"\$\{[\w.]+\}$", value):
+            result.drop(name, value, "A reference of Hydra to another field.")
+        else:
+            result.questions.append(f"`{name}: {value}` holds a variable that is not set here: {row.to or row.why}")
+            result.drop(name, value, "Its variable is not set here.")
+        return
+    if row.asks:
+        result.questions.append(f"`{name}: {_short(value)}`: {row.why}")
+    if row.to is None:
+        result.drop(name, value, row.why)
+    elif row.to.startswith("@env "):
+        env = row.to.removeprefix("@env ")
+        text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        result.set("env", {**result.values.get("env", {}), env: text}, f"{name}: {_short(value)}. {row.why}")
+    elif row.to.startswith("@"):
+        result._facts[row.to[1:]] = (name, value)
+    else:
+        try:
+            converted = row.convert(value) if row.convert else value
+        except (TypeError, ValueError) as error:
+            raise MigrationError(f"`{name}: {value!r}` cannot be read: {error}") from error
+        if row.to in result.values and result.values[row.to] != converted:
+            result.remarks[row.to].append(f"It wins over {name}: {_short(value)}.")
+            return
+        plain = row.to == name and converted == value and not row.why
+        result.set(row.to, converted, "" if plain else f"{name}: {_short(value)}. {row.why}".strip())
+
+
+def _expand_facts(result: Migration) -> None:
+    """What the tables cannot say in one row."""
+    fact, source, values = result.fact, result.source, result.values
+
+    def asks(name: str, why: str) -> None:
+        result.questions.append(f"`{source(name)}`: {why}")
+        result.dropped.append(f"{source(name)}. {why}")
+
+    def drops(name: str, why: str) -> None:
+        if fact(name) is not None:
+            result.dropped.append(f"{source(name)}. {why}")
+
+    if fact("reward_model") is not None:
+        models = fact("reward_model")
+        models = models if isinstance(models, list) else [models]
+        result.set(
+            "reward_funcs",
+            [*_list(values.get("reward_funcs")), *models],
+            f"{source('reward_model')}. A reward model is one of them.",
+        )
+    if fact("reward_funcs") is not None:
+        names = _list(fact("reward_funcs"))
+        strangers = [name for name in names if name not in _SWIFT_REWARDS and name not in _SWIFT_REWARDS.values()]
+        known = [_SWIFT_REWARDS.get(name, name) for name in names if name not in strangers]
+        if strangers:
+            result.questions.append(
+                f"`{source('reward_funcs')}`: {', '.join(strangers)} are plugins; name them as package.module.function."
+            )
+        if known:
+            result.set(
+                "reward_funcs",
+                [*known, *values.get("reward_funcs", [])],
+                f"{source('reward_funcs')}. TRL's names of the same rewards.",
+            )
+        else:
+            drops("reward_funcs", "Plugins: name them as package.module.function.")
+    soft = {"soft_punish_cache": fact("soft_cache_length"), "max_completion_len": fact("soft_max_length")}
+    soft = {name: value for name, value in soft.items() if value is not None}
+    if soft:
+        used = [name for name in ("soft_cache_length", "soft_max_length") if fact(name) is not None]
+        if "get_soft_overlong_punishment" in values.get("reward_funcs", []):
+            soft.setdefault("max_completion_len", values.get("max_completion_length", 512))
+            result.set("reward_kwargs", {"get_soft_overlong_punishment": soft}, " and ".join(map(source, used)) + ".")
+        else:
+            for name in used:
+                drops(name, "soft_overlong is not among the rewards.")
+
+    # Data.
+    if fact("datasets") is not None:
+        mixture = fact("datasets")
+        one = mixture[0] if isinstance(mixture, list) and len(mixture) == 1 and isinstance(mixture[0], dict) else None
+        known = {"path": "dataset_name", "name": "dataset_config", "split": "dataset_train_split"}
+        if one and set(one) <= set(known):
+            result.questions = [question for question in result.questions if not question.startswith("`datasets:")]
+            for key, value in one.items():
+                result.set(known[key], value, f"datasets: {key}: {_short(value)}.")
+        else:
+            drops("datasets", "One data set is read: make the mixture a file of its own.")
+    for name, option in (
+        ("train_files", "dataset_name"),
+        ("val_files", "eval_dataset_name"),
+        ("dataset", "dataset_name"),
+        ("val_dataset", "eval_dataset_name"),
+    ):
+        if fact(name) is None:
+            continue
+        files = _list(fact(name))
+        if len(files) != 1 or not isinstance(files[0], str):
+            asks(name, f"`{option}` takes one file, folder or hub id.")
+            continue
+        path, _, count = files[0].partition("#")
+        if name == "val_files" and _number("", fact("test_freq") or -1) <= 0:
+            drops(name, "`trainer.test_freq` does not ask for evaluation.")
+            continue
+        result.set(option, path, f"{source(name)}.")
+        if count and name == "dataset":
+            result.set("dataset_train_split", f"train[:{int(count)}]", f"{source(name)}.")
+        if result.system == "verl" and name == "train_files":
+            result.questions.append(
+                "verl's rows hold the answer in `reward_model.ground_truth` and choose the reward by `data_source`: make a column of it, and name it in `solution_column`."
+            )
+    if fact("columns") is not None:
+        columns = fact("columns") if isinstance(fact("columns"), dict) else {}
+        for ours, theirs in (("prompt_column", "query"), ("solution_column", "solution")):
+            for old, new in columns.items():
+                if new == theirs:
+                    result.set(ours, old, f"{source('columns')}.")
+        if not columns:
+            asks("columns", "`prompt_column` and `solution_column` name the columns.")
+    if fact("own_data") is not None:
+        ours = _OWN_DATA.get(fact("own_data"))
+        if ours:
+            for option, value in ours.items():
+                result.set(option, value, f"{source('own_data')}.")
+        elif ours is None:
+            result.set("dataset_name", fact("own_data"), f"{source('own_data')}.")
+        else:
+            asks(
+                "own_data",
+                "Its rows are made by its own code: write them to a file, with the columns prompt and solution, and set `dataset_name`.",
+            )
+    if fact("max_examples") is not None:
+        split = values.get("dataset_train_split", "train")
+        result.set("dataset_train_split", f"{split}[:{_whole(result, 'max_examples')}]", f"{source('max_examples')}.")
+    wants_eval = fact("eval_steps") is not None and "dataset_name" in values
+    if fact("eval_examples") is not None:
+        if wants_eval:
+            result.set(
+                "dataset_test_split", f"test[:{_whole(result, 'eval_examples')}]", f"{source('eval_examples')}."
+            )
+        else:
+            drops("eval_examples", "There is nothing to evaluate on: set `eval_dataset_name` and `eval_strategy`.")
+    if fact("eval_steps") is not None:
+        if wants_eval:
+            result.set("eval_strategy", "steps", f"{source('eval_steps')}.")
+            result.set("eval_steps", _whole(result, "eval_steps"), f"{source('eval_steps')}.")
+        else:
+            drops(
+                "eval_steps",
+                "There is nothing to evaluate on: set `eval_dataset_name`, `eval_strategy` and `eval_steps`.",
+            )
+
+    # Model.
+    if fact("tuner") is not None:
+        kind = fact("tuner")
+        if kind not in ("lora", "full"):
+            asks("tuner", "TRL's script knows LoRA and full fine-tuning; full it is here.")
+        result.set("use_peft", kind == "lora", f"{source('tuner')}.")
+    if fact("lora_rank") is not None:
+        rank = _whole(result, "lora_rank", least=0)
+        result.set("use_peft", rank > 0, f"{source('lora_rank')}.")
+        if rank:
+            result.set("lora_r", rank, f"{source('lora_rank')}.")
+    if fact("quant_method") is not None:
+        bits = int(_number("quant_bits", fact("quant_bits") or 4))
+        if fact("quant_method") == "bnb" and bits in (4, 8):
+            words = source("quant_method") + (f", {source('quant_bits')}" if fact("quant_bits") is not None else "")
+            result.set(f"load_in_{bits}bit", True, f"{words}.")
+        else:
+            asks("quant_method", "TRL quantizes with bitsandbytes alone, to 4 or 8 bits.")
+    elif fact("quant_bits") is not None:
+        drops("quant_bits", "Without `quant_method` nothing is quantized.")
+    if values.get("load_in_8bit") and values.get("load_in_4bit"):
+        values.pop("load_in_4bit")
+        result.dropped.append("use_4bit: true. 8 bits were asked for too, which win there.")
+    if values.get("bf16") and values.get("fp16"):
+        values.pop("fp16")
+        result.dropped.append("fp16: true. bf16 was asked for too.")
+    if fact("deepspeed") is not None:
+        choice = fact("deepspeed")
+        if choice in ("zero3", "zero3_offload"):
+            result.set("deepspeed", "configs/deepspeed/zero3.json", f"{source('deepspeed')}.")
+        elif isinstance(choice, dict) or str(choice).endswith(".json"):
+            result.set("deepspeed", choice)
+        else:
+            asks("deepspeed", "A JSON file of DeepSpeed's is wanted; configs/deepspeed/zero3.json is there.")
+    if fact("adam8bit"):
+        result.set("optim", "adamw_bnb_8bit", f"{source('adam8bit')}.")
+
+    # Optimizer.
+    if fact("betas") is not None:
+        pair = _list(fact("betas"))
+        if len(pair) != 2:
+            raise MigrationError(f"`{source('betas')}` are not two numbers.")
+        result.set("adam_beta1", pair[0], f"{source('betas')}.")
+        result.set("adam_beta2", pair[1], f"{source('betas')}.")
+    if fact("schedule") is not None:
+        kind = {"constant": "constant_with_warmup"}.get(fact("schedule"), fact("schedule"))
+        result.set("lr_scheduler_type", kind, f"{source('schedule')}.")
+    if fact("warmup_steps") is not None and _number("", fact("warmup_steps")) <= 0:
+        drops("warmup_steps", "Not set there.")
+        result._facts.pop("warmup_steps")
+    if fact("warmup_ratio") is not None and "warmup_steps" not in result._facts:
+        result.set(
+            "warmup_steps",
+            _number("lr_warmup_steps_ratio", fact("warmup_ratio")),
+            f"{source('warmup_ratio')}. A share of all steps.",
+        )
+    else:
+        drops("warmup_ratio", "`lr_warmup_steps` wins.")
+
+    # Objective.
+    if fact("clip_ratio") is not None:
+        for option in ("epsilon", "epsilon_high"):
+            if option not in values:
+                result.set(option, fact("clip_ratio"), f"{source('clip_ratio')}.")
+        if len(values) and "epsilon" in values and values["epsilon"] != fact("clip_ratio"):
+            drops("clip_ratio", "clip_ratio_low and clip_ratio_high win.")
+    if fact("use_gspo_token"):
+        result.set("importance_sampling_level", "sequence_token", f"{source('use_gspo_token')}.")
+    elif result.system in ("stateset", "standalone") and fact("use_gspo_token") is not None:
+        drops("use_gspo_token", "`importance_sampling_level: sequence` is the default.")
+    if fact("rescore") is False:
+        asks(
+            "rescore",
+            "`use_rollout_logps: true` does it, with `use_vllm: true` and `vllm_importance_sampling_correction: false`.",
+        )
+    else:
+        drops("rescore", "Old log-probabilities are always scored here.")
+    mode = fact("loss_mode")
+    if mode == "gspo":
+        result.set(
+            "importance_sampling_level",
+            "sequence",
+            f"{source('loss_mode')}. One advantage a completion: its gradient is that of `sequence`.",
+        )
+    elif mode is not None:
+        drops(
+            "loss_mode",
+            f"{'The loss of GRPO' if mode == 'vanilla' else 'Another loss'}; GSPO's is `importance_sampling_level: sequence`.",
+        )
+    aggregation = fact("loss_agg_mode")
+    if aggregation is not None:
+        why = {
+            "seq-mean-token-mean": "Each sequence counts the same.",
+            "token-mean": "It weights each sequence by its length; its own GSPO loss overrides it, and takes the mean of each.",
+        }.get(aggregation, "It weights each sequence by its length; `loss_type: luspo` does so on purpose.")
+        result.set("loss_type", "grpo", f"{source('loss_agg_mode')}. {why}")
+    if fact("use_kl_loss"):
+        result.set(
+            "beta",
+            fact("kl_loss_coef") if fact("kl_loss_coef") is not None else 0.001,
+            f"{source('use_kl_loss')}" + (f", {source('kl_loss_coef')}." if fact("kl_loss_coef") is not None else "."),
+        )
+    else:
+        drops("use_kl_loss", "`beta` is 0.")
+        drops("kl_loss_coef", "Not used without `use_kl_loss`.")
+    if fact("kl_in_reward"):
+        asks("kl_in_reward", "TRL has the KL term in the loss alone: `beta`.")
+        drops("kl_ctrl", "Of the KL term in the reward.")
+    else:
+        drops("kl_in_reward", "TRL has the KL term in the loss alone.")
+        drops("kl_ctrl", "Not used without `use_kl_in_reward`.")
+    if fact("use_reference_model") is not None:
+        if not fact("use_reference_model") and _number("beta", values.get("beta", 0)) > 0:
+            was = values.pop("beta")
+            result.remarks.pop("beta", None)
+            result.set(
+                "beta",
+                0.0,
+                f"beta: {_short(was)} with {source('use_reference_model')}: without a reference model its KL term was off.",
+            )
+        else:
+            drops("use_reference_model", "TRL loads the reference model if `beta` > 0.")
+    if fact("entropy"):
+        if "entropy_coef" in known_options():
+            result.set(
+                "entropy_coef",
+                fact("entropy"),
+                f"{source('entropy')}. Not GSPO's, kept; every row then goes through the model.",
+            )
+        else:
+            asks("entropy", "This TRL has no entropy bonus.")
+    elif fact("entropy") is not None:
+        drops("entropy", "The default.")
+    if fact("adv_estimator") not in (None, "grpo"):
+        asks("adv_estimator", "GSPO's advantages are the rewards, normalised in their group.")
+    else:
+        drops("adv_estimator", "What GSPO does.")
+    if fact("baseline") not in (None, "group_mean"):
+        asks("baseline", "GSPO's baseline is the mean of the group.")
+    else:
+        drops("baseline", "What GSPO does.")
+    if fact("rlhf_type") not in (None, "grpo"):
+        raise MigrationError(f"`{source('rlhf_type')}` is not GRPO: there is nothing to migrate.")
+    drops("rlhf_type", "What `scripts/train.py` does.")
+
+    # Engine and logging.
+    if fact("engine") is not None:
+        result.set(
+            "use_vllm",
+            fact("engine") != "hf",
+            f"{source('engine')}." + (" TRL has vLLM." if fact("engine") == "sglang" else ""),
+        )
+    if fact("loggers") is not None:
+        known = [
+            name
+            for name in map(str, _list(fact("loggers")))
+            if name in ("wandb", "tensorboard", "swanlab", "mlflow", "clearml", "trackio")
+        ]
+        result.set("report_to", known or "none", f"{source('loggers')}.")
+    drops("dynamic", VERL[_A + "use_dynamic_bsz"].why)
+
+
+def _is_default_wanted(result: Migration, option: str) -> bool:
+    """Whether a default of the source is worth writing down: not where another field has decided it."""
+    if option.startswith("lora_"):
+        return bool(result.values.get("use_peft", _DEFAULTS[result.system].get("use_peft")))
+    if result.system == "stateset" and result.fact("prompts_per_rollout") is not None:
+        return option not in ("per_device_train_batch_size", "gradient_accumulation_steps")
+    return True
+
+
+def _objective(result: Migration) -> None:
+    values, remarks = result.values, result.remarks
+
+    level = values.get("importance_sampling_level")
+    is_sequence = level in LEVELS or (level is None and result.system in ("stateset", "standalone"))
+    if level not in LEVELS:
+        why = (
+            "TRL's default is `token`, which is GRPO."
+            if level is None
+            else ""
+            if level == "token"
+            else "Not known here."
+        )
+        result.set(
+            "importance_sampling_level", "sequence", f"{why} The unit of GSPO's ratio (paper, equation 7).".strip()
+        )
+
+    length = _number("max_completion_length", values.get("max_completion_length", 512))
+    chosen = {name: _number(name, values[name]) for name in ("epsilon", "epsilon_high") if name in values}
+    paper = {"epsilon": EPSILON_LOW, "epsilon_high": EPSILON_HIGH}
+    if any(is_token_level(value, is_sequence, length) for value in chosen.values()):
+        for name in paper:
+            was = (
+                "A clip range for single tokens, which never clips the ratio of a whole completion. "
+                if name in chosen
+                else ""
+            )
+            result.set(name, paper[name], f"{was}The paper's (section 5.1) in its place.")
+    elif not chosen:
+        for name in paper:
+            result.set(name, paper[name], "Not in the source. The paper's (section 5.1).")
+    elif "epsilon_high" not in chosen:
+        result.set(
+            "epsilon_high",
+            chosen["epsilon"],
+            f"The source has one width for both sides: epsilon: {_short(values['epsilon'])}.",
+        )
+        remarks["epsilon"].append("Kept.")
+    elif "epsilon" not in chosen:
+        result.set("epsilon", EPSILON_LOW, "Not in the source. The paper's (section 5.1).")
+    for name in chosen:
+        values[name] = _number(name, values[name])
+        if values[name] == chosen[name] and not remarks[name]:
+            remarks[name].append("Kept: it is of the size of a sequence's ratio.")
+    if length <= _LONG_COMPLETION and "clip_fraction_target" not in values:
+        remarks["epsilon"].append(
+            f"With at most {int(length)} tokens the ratio spreads wider than the paper's; `clip_fraction_target: 0.15` finds the range."
+        )
+
+    beta = _number("beta", values.get("beta", 0))
+    if result.system == "ms-swift" and "beta" not in values:
+        result.set(
+            "beta",
+            0.0,
+            "Not in the source, whose default is 0.04. GSPO's objective (paper, equation 5) has no KL term.",
+        )
+    elif 0 < beta < SMALL_KL:
+        result.set(
+            "beta",
+            0.0,
+            f"{_short(values['beta'])} is below {SMALL_KL}, where the guides switch it off: GSPO's objective (paper, equation 5) has no KL term.",
+        )
+    elif beta > 0:
+        result.set(
+            "beta",
+            beta,
+            f"Kept, since it is not below {SMALL_KL}: a reference model is loaded, and every row goes through the model.",
+        )
+    elif "beta" in values:
+        values["beta"] = 0.0
+
+    loss = values.get("loss_type")
+    loss = loss[0] if isinstance(loss, list) and len(loss) == 1 else loss
+    if loss == "luspo":
+        remarks["loss_type"].append("Kept: it weights each sequence by its length on purpose.")
+    elif loss != "grpo":
+        reason = _REFUSED_LOSS_TYPES.get(loss) if isinstance(loss, str) else None
+        was = (
+            f"{loss} {reason}."
+            if reason
+            else "TRL's default is dapo, which weights each sequence by its length."
+            if loss is None and result.system == "trl"
+            else ""
+            if loss is None
+            else f"{_short(loss)} is not known here."
+        )
+        result.set("loss_type", "grpo", f"{was} Each sequence counts the same (paper, equation 5).".strip())
+    assert values["loss_type"] in LOSS_TYPES or loss == "grpo"
+    for name in _FOREIGN_LOSS_FIELDS:
+        if name in values:
+            result.drop(name, values.pop(name), f"Only `loss_type: {name.split('_')[0]}` reads it.")
+            remarks.pop(name, None)
+    if "delta" in values:
+        remarks["delta"].append("Kept: it bounds the ratio of a whole completion from above, which seldom gets there.")
+    if values.get("disable_dropout") is False:
+        result.set(
+            "disable_dropout", True, "disable_dropout: false. Dropout alone moves the ratio past the clip range."
+        )
+
+
+def _adapter(result: Migration) -> None:
+    values = result.values
+    if values.get("use_peft"):
+        if _number("lora_dropout", values.get("lora_dropout", 0.05)) != 0:
+            was = (
+                f"lora_dropout: {_short(values['lora_dropout'])}."
+                if "lora_dropout" in values
+                else "TRL's default is 0.05."
+            )
+            result.remarks.pop("lora_dropout", None)
+            result.set(
+                "lora_dropout", 0.0, f"{was} GSPO needs dropout off: it alone moves the ratio past the clip range."
+            )
+        modules = values.get("lora_target_modules")
+        if isinstance(modules, str):
+            values["lora_target_modules"] = [modules]
+    else:
+        for name in [name for name in values if name.startswith("lora_") or name in ("use_rslora", "use_dora")]:
+            result.drop(name, values.pop(name), "There is no adapter.")
+            result.remarks.pop(name, None)
+
+
+def _vllm(result: Migration) -> None:
+    values = result.values
+    if not values.get("use_vllm"):
+        return
+    if "vllm_importance_sampling_correction" not in values or values["vllm_importance_sampling_correction"]:
+        sampling = {
+            name: _number(name, values.get(name) or default)
+            for name, default in (("top_p", 1), ("top_k", 0), ("min_p", 0))
+        }
+        if sampling["top_p"] < 1 or sampling["top_k"] > 0 or sampling["min_p"] > 0:
+            result.set(
+                "vllm_importance_sampling_correction",
+                False,
+                "Not in the source. top_p, top_k and min_p truncate what is sampled, which biases TRL's correction.",
+            )
+        elif str(values.get("vllm_importance_sampling_mode", "sequence_mask")).startswith("sequence_"):
+            result.set(
+                "vllm_importance_sampling_mode",
+                "token_truncate",
+                "TRL's sequence_mask multiplies the ratios of all tokens, so that long completions fall out by rounding alone.",
+            )
+
+
+def _batch(result: Migration, num_processes: int | None) -> None:
+    values = result.values
+    group = int(
+        _number("num_generations", values.get("num_generations", 8 if result.system in ("trl", "ms-swift") else 16))
+    )
+    if result.system == "stateset" and "num_generations" not in values:
+        group = (
+            4
+            if result.fact("prompts_per_rollout") is not None
+            or {"clip_range_left", "clip_range_right"} & _sources(result)
+            else 16
+        )
+        result.set("num_generations", group, f"Not in the source, whose default it is: {group}.")
+    if result.system == "verl" and "num_generations" not in values:
+        group = 1
+    if group < 2:
+        result.questions.append(f"{group} completion a prompt makes no group: `num_generations` is set to 8.")
+        group = 8
+        result.set("num_generations", group, "GSPO needs two completions a prompt at least.")
+    values.setdefault("num_generations", group)
+    values["num_generations"] = group
+    iterations = int(_number("num_iterations", values.get("num_iterations", 1)))
+    told = (
+        _whole(result, "gpus", 1) * _whole(result, "nodes", 1) if result.fact("gpus") or result.fact("nodes") else None
+    )
+    if result.system == "verl" and told is None:
+        told = 8
+    processes = num_processes or told or 1
+    for name in ("gpus", "nodes"):
+        if result.fact(name) is not None:
+            result.dropped.append(
+                f"{result.source(name)}. Of the launcher: `accelerate launch --num_processes {processes}`."
+            )
+
+    {"verl": _batch_of_verl, "standalone": _batch_of_standalone}.get(result.system, _batch_of_trl)(
+        result, group, processes, iterations
+    )
+
+    micro, accumulation = values["per_device_train_batch_size"], values["gradient_accumulation_steps"]
+    steps = values["steps_per_generation"]
+    while micro * steps * processes % group:
+        steps += accumulation
+        if steps > values["steps_per_generation"] + accumulation * group:
+            # Whole groups cannot be had in multiples of the optimizer step: the micro-batch takes one.
+            micro, steps = group, values["steps_per_generation"]
+            result.set(
+                "per_device_train_batch_size", micro, f"Raised to {group}, so that a rollout holds whole groups."
+            )
+    if steps != values["steps_per_generation"]:
+        result.set(
+            "steps_per_generation",
+            steps,
+            f"Raised to {steps}, so that {processes} {'process' if processes == 1 else 'processes'} x {micro} x {steps} completions are whole groups of {group}.",
+        )
+    rollout, step = micro * steps * processes, micro * accumulation * processes
+    result.batch = (
+        f"{micro} completions in a micro-batch x {accumulation} x {processes} {'process' if processes == 1 else 'processes'} = {step} completions "
+        f"to an optimizer step; {micro} x {steps} x {processes} = {rollout} completions, {rollout // group} prompts, to a rollout."
+    )
+    minibatches = max(steps * iterations // accumulation, 1)
+    for name, option in (
+        ("rollouts", "max_steps"),
+        ("save_freq", "save_steps"),
+        ("test_freq", "eval_steps"),
+        ("warmup_steps", "warmup_steps"),
+    ):
+        if result.fact(name) is None:
+            continue
+        count = int(_number(*result._facts[name]))
+        if count <= 0:
+            if option == "save_steps":
+                result.set("save_strategy", "no", f"{result.source(name)}. The model is saved at the end.")
+            else:
+                result.dropped.append(f"{result.source(name)}. Not set there.")
+            continue
+        if option == "eval_steps":
+            if "dataset_name" not in values:
+                result.dropped.append(
+                    f"{result.source(name)}. There is nothing to evaluate on: set `eval_dataset_name`, `eval_strategy` and `eval_steps`."
+                )
+                continue
+            result.set("eval_strategy", "steps", f"{result.source(name)}.")
+        result.set(
+            option,
+            count * minibatches,
+            f"{result.source(name)}, counted in rollouts: times {minibatches} optimizer steps.",
+        )
+    if result.fact("eval_on_start") is not None:
+        if result.fact("eval_on_start") and values.get("eval_strategy", "no") != "no":
+            result.set("eval_on_start", True, f"{result.source('eval_on_start')}.")
+        else:
+            result.dropped.append(f"{result.source('eval_on_start')}. The default, or there is no evaluation.")
+
+
+def _sources(result: Migration) -> set[str]:
+    return {remark.split(":")[0] for remarks in result.remarks.values() for remark in remarks}
+
+
+def _batch_of_trl(result: Migration, group: int, processes: int, iterations: int) -> None:
+    values = result.values
+    default = {"trl": 8, "ms-swift": 1, "stateset": 1}[result.system]
+    micro = int(_number("per_device_train_batch_size", values.get("per_device_train_batch_size", default)))
+    accumulation = int(_number("gradient_accumulation_steps", values.get("gradient_accumulation_steps", 1)))
+    if micro < 1 or accumulation < 1:
+        raise MigrationError(
+            f"`per_device_train_batch_size: {micro}` and `gradient_accumulation_steps: {accumulation}` must be at least 1."
+        )
+    prompts = result.fact("prompts_per_rollout")
+    if prompts is not None:
+        prompts = _whole(result, "prompts_per_rollout")
+        step = math.ceil(prompts / MINIBATCHES) * group
+        was = [
+            f"{name}: {values.pop(name)}"
+            for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
+            if name in values
+        ]
+        micro, accumulation = _split(step, processes, micro if was else _MICRO_BATCH)
+        words = f"{result.source('prompts_per_rollout')} x {group} completions, of which its trainer makes one optimizer step, and {MINIBATCHES} here (paper, section 5.1)."
+        for option, value in (("per_device_train_batch_size", micro), ("gradient_accumulation_steps", accumulation)):
+            result.remarks.pop(option, None)
+            result.set(option, value, words)
+        for words in was:
+            result.dropped.append(
+                f"{words}. Its GSPO trainer does not read it; generations_per_iteration sizes the batch."
+            )
+        result.set(
+            "steps_per_generation",
+            MINIBATCHES * accumulation,
+            f"{MINIBATCHES} minibatches x gradient_accumulation_steps (paper, section 5.1).",
+        )
+        if result.fact("episodes") is not None:
+            result.dropped.append(
+                f"{result.source('episodes')}. Its GSPO trainer does not read it; num_outer_iterations says how long."
+            )
+        return
+    values["per_device_train_batch_size"], values["gradient_accumulation_steps"] = micro, accumulation
+    if result.fact("episodes") is not None and "max_steps" not in values and result.fact("rollouts") is None:
+        steps = max(_whole(result, "episodes") // accumulation, 1)
+        result.set(
+            "max_steps",
+            steps,
+            f"{result.source('episodes')} / gradient_accumulation_steps: {accumulation}, as its get_total_steps has it.",
+        )
+    elif result.fact("episodes") is not None:
+        result.dropped.append(f"{result.source('episodes')}. num_outer_iterations says how long.")
+    paper = MINIBATCHES * accumulation
+    name = next(
+        (name for name in ("steps_per_generation", "generation_batch_size") if result.fact(name) is not None), None
+    )
+    if name is None:
+        result.set(
+            "steps_per_generation",
+            paper,
+            f"Not in the source, which takes one optimizer step from each rollout: the ratio is then exactly 1. {MINIBATCHES} x gradient_accumulation_steps (paper, section 5.1).",
+        )
+        return
+    steps = _whole(result, name)
+    words = f"{result.source(name)}."
+    if name == "generation_batch_size":
+        if steps % (micro * processes):
+            result.set(
+                "steps_per_generation",
+                paper,
+                f"{words} Not a multiple of {micro} completions x {processes} processes. {MINIBATCHES} x gradient_accumulation_steps (paper, section 5.1).",
+            )
+            result.questions.append(
+                f"`{result.source(name)}` is no multiple of {micro} x {processes} processes: give --num_processes."
+            )
+            return
+        steps //= micro * processes
+    elif result.fact("generation_batch_size") is not None:
+        result.dropped.append(f"{result.source('generation_batch_size')}. steps_per_generation says the same.")
+    if accumulation % (steps * iterations) == 0:
+        result.set(
+            "steps_per_generation",
+            paper,
+            f"{words} With gradient_accumulation_steps: {accumulation} that is one optimizer step a rollout, and the ratio exactly 1. {MINIBATCHES} x gradient_accumulation_steps (paper, section 5.1).",
+        )
+    else:
+        result.set(
+            "steps_per_generation",
+            steps,
+            f"{words} Kept: {steps * iterations / accumulation:g} optimizer steps a rollout (paper, section 5.1: {MINIBATCHES}).",
+        )
+
+
+def _batch_of_verl(result: Migration, group: int, processes: int, iterations: int) -> None:
+    rollout = _whole(result, "prompts_per_rollout", 1024)
+    step = _whole(result, "prompts_per_step", 256)
+    if result.fact("completions_per_micro_batch") is not None:
+        limit = _whole(result, "completions_per_micro_batch")
+        words = f"{result.source('completions_per_micro_batch')}."
+    elif result.fact("completions_of_all") is not None:
+        limit = max(_whole(result, "completions_of_all") // processes, 1)
+        words = f"{result.source('completions_of_all')}, over {processes} processes."
+    else:
+        limit, words = (
+            _MICRO_BATCH,
+            f"Not in the source. At most {_MICRO_BATCH} here; raise or lower it with the memory.",
+        )
+    if result.fact("completions_per_micro_batch") is not None and result.fact("completions_of_all") is not None:
+        result.dropped.append(f"{result.source('completions_of_all')}. ppo_micro_batch_size_per_gpu wins.")
+    micro, accumulation = _split(step * group, processes, limit)
+    words_step = (
+        result.source("prompts_per_step")
+        if result.fact("prompts_per_step") is not None
+        else f"ppo_mini_batch_size, by default: {step}"
+    )
+    words_rollout = (
+        result.source("prompts_per_rollout")
+        if result.fact("prompts_per_rollout") is not None
+        else f"train_batch_size, by default: {rollout}"
+    )
+    minibatches = max(rollout // step, 1)
+    why = f"{words_rollout} prompts a rollout, {minibatches} minibatches (paper, section 5.1: {MINIBATCHES})."
+    if minibatches * iterations == 1:
+        minibatches = MINIBATCHES
+        why = f"{words_rollout} prompts a rollout would be one optimizer step, and the ratio exactly 1. {MINIBATCHES} minibatches (paper, section 5.1)."
+    result.set("per_device_train_batch_size", micro, f"{words} Counted in completions.")
+    result.set(
+        "gradient_accumulation_steps",
+        accumulation,
+        f"{words_step} prompts x {group} completions / ({micro} x {processes} processes).",
+    )
+    result.set("steps_per_generation", accumulation * minibatches, f"{why} Counted in micro-batches.")
+
+
+def _batch_of_standalone(result: Migration, group: int, processes: int, iterations: int) -> None:
+    prompts = _whole(result, "prompts_per_step", 4) * _whole(result, "accumulation", 1)
+    limit = _whole(result, "prompts_per_micro_batch", 1) * group
+    micro, accumulation = _split(prompts * group, processes, limit)
+    words = {
+        name: result.source(name)
+        for name in ("prompts_per_step", "prompts_per_micro_batch", "accumulation")
+        if result.fact(name) is not None
+    }
+    result.set(
+        "per_device_train_batch_size",
+        micro,
+        f"{words.get('prompts_per_micro_batch', 'mini_batch_size, by default: 1')} prompts x group_size: {group} completions.",
+    )
+    result.set(
+        "gradient_accumulation_steps",
+        accumulation,
+        f"{words.get('prompts_per_step', 'batch_size, by default: 4')} prompts x group_size: {group}{' x ' + words['accumulation'] if 'accumulation' in words else ''} completions to an optimizer step.",
+    )
+    result.set(
+        "steps_per_generation",
+        MINIBATCHES * accumulation,
+        f"{MINIBATCHES} x gradient_accumulation_steps. {_ONE_OLD_POLICY}",
+    )
+
+
+def _split(completions: int, processes: int, limit: int) -> tuple[int, int]:
+    """Micro-batch of at most `limit`, and accumulation, whose product over all processes is `completions` or a bit more."""
+    each = math.ceil(completions / processes)
+    micro = max(size for size in range(1, min(max(limit, 1), each) + 1) if each % size == 0)
+    return micro, each // micro
+
+
+def _evaluation(result: Migration) -> None:
+    values = result.values
+    if values.get("eval_strategy", "no") in ("no", False):
+        if values.get("eval_strategy") is False:
+            values["eval_strategy"] = "no"
+        return
+    group = int(_number("num_generations_eval", values.get("num_generations_eval") or values["num_generations"]))
+    batch = int(_number("per_device_eval_batch_size", values.get("per_device_eval_batch_size", 8)))
+    if batch % group:
+        values["per_device_eval_batch_size"] = group * math.ceil(batch / group)
+        result.remarks.setdefault("per_device_eval_batch_size", []).append(
+            f"Raised from {batch} to whole groups of {group}."
+        )
+
+
+def gspo_name(name: str) -> str:
+    """
+    The name of a run, folder or hub repository for its GSPO twin, so that nothing of the first is overwritten.
+
+    `grpo` in it becomes `gspo`, in its own case; a name without either gets `-gspo` at its end.
+    """
+    if re.search("grpo", name, re.IGNORECASE):
+        return re.sub(
+            "grpo",
+            lambda match: "".join({"r": "s", "R": "S"}.get(letter, letter) for letter in match[0]),
+            name,
+            flags=re.IGNORECASE,
+        )
+    if re.search("gspo", name, re.IGNORECASE):
+        return name
+    stripped = name.rstrip("/")
+    return (
+        f"{name}gspo"
+        if name.endswith("/") and PurePosixPath(stripped).name in ("", "..")
+        else "gspo"
+        if stripped in ("", ".")
+        else f"{stripped}/gspo"
+        if stripped.endswith("..")
+        else f"{stripped}-gspo"
+    )
+
+
+def _names(result: Migration) -> None:
+    values = result.values
+    if "output_dir" not in values:
+        run = values.get("run_name") or PurePosixPath(str(values.get("model_name_or_path", "run"))).name
+        result.set("output_dir", f"outputs/{gspo_name(str(run).replace('/', '-'))}", "Not in the source.")
+    for name in ("output_dir", "run_name", "hub_model_id"):
+        if name not in values:
+            continue
+        was = str(values[name])
+        new = gspo_name(was)
+        if (
+            new == was
+            and result.system != "trl"
+            and name == "output_dir"
+            and "trl_gspo" not in was
+            and "Not in the source." not in result.remarks[name]
+        ):
+            new = f"{was.rstrip('/')}-trl_gspo"
+        if new != was:
+            words = (
+                "" if any(remark.endswith(f"{_short(was)}.") for remark in result.remarks[name]) else f"{name}: {was}."
+            )
+            result.set(name, new, f"{words} Renamed, so that nothing of the other run is overwritten.".strip())
+
+
+# ---- values
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise MigrationError(f"`{name}: {value!r}` is not a number.")
+    try:
+        number = float(value)
+    except ValueError:
+        raise MigrationError(f"`{name}: {value!r}` is not a number.") from None
+    if not math.isfinite(number):
+        raise MigrationError(f"`{name}: {value!r}` is not finite.")
+    return number
+
+
+def _whole(result: Migration, fact: str, default: int | None = None, least: int = 1) -> int:
+    if result.fact(fact) is None and default is not None:
+        return default
+    source, value = result._facts[fact]
+    number = _number(source, value)
+    if number != int(number) or number < least:
+        raise MigrationError(f"`{source}: {value!r}` must be a whole number, at least {least}.")
+    return int(number)
+
+
+def _list(value: Any) -> list:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _short(value: Any) -> str:
+    text = (
+        str(value).lower()
+        if isinstance(value, bool)
+        else json.dumps(value)
+        if isinstance(value, (dict, list))
+        else str(value)
+    )
+    text = " ".join(text.split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:12]) + (" and more" if len(names) > 12 else "")
+
+
+# ---- writing
+
+_ORDER = (
+    "model_name_or_path model_revision dtype bf16 fp16 use_cpu gradient_checkpointing deepspeed load_in_8bit load_in_4bit use_peft "
+    "lora_r lora_alpha lora_dropout lora_target_modules dataset_name dataset_config dataset_train_split eval_dataset_name "
+    "dataset_test_split prompt_column solution_column system_prompt reward_funcs reward_weights reward_kwargs env run_name "
+    "output_dir max_completion_length temperature top_p top_k use_vllm num_generations per_device_train_batch_size "
+    "gradient_accumulation_steps steps_per_generation num_iterations importance_sampling_level loss_type epsilon epsilon_high beta "
+    "learning_rate lr_scheduler_type warmup_steps max_steps num_train_epochs"
+).split()
+
+
+def to_yaml(migration: Migration, source: str, target: str = "CONFIG.yaml") -> str:
+    """
+    A migration as YAML for `scripts/train.py`: each option under the remarks on it, then those that stand as they stood,
+    then what was dropped, and what was not understood.
+
+    Args:
+        migration (`Migration`): what [`migrate_config`] returned.
+        source (`str`): where it is from, for the head of the file.
+        target (`str`, *optional*): its own name, for the command in its head.
+
+    Returns:
+        `str`.
+    """
+    lines = _comment(f"From {source} ({NAMES[migration.system]}), by scripts/migrate.py.")
+    lines += ["#", f"#     accelerate launch scripts/train.py --config {target}", "#", *_comment(migration.batch)]
+    missing = [option for option in REQUIRED if option not in migration.values]
+    for option in missing:
+        lines += [
+            "",
+            *_comment(f"Not in the source. Set it here, or on the command line: {REQUIRED[option]}."),
+            f"# {option}:",
+        ]
+    options = sorted(migration.values, key=lambda option: _ORDER.index(option) if option in _ORDER else len(_ORDER))
+    for option in (option for option in options if migration.remarks.get(option)):
+        lines += [
+            "",
+            *_comment(" ".join(dict.fromkeys(migration.remarks[option]))),
+            *_dump(option, migration.values[option]),
+        ]
+    kept = [option for option in options if not migration.remarks.get(option)]
+    if kept:
+        lines += ["", "# As in the source: the same option, the same value."]
+        for option in kept:
+            lines += _dump(option, migration.values[option])
+    questions = [question for question in migration.questions if not question.endswith("is not in the source")]
+    for title, entries in (
+        ("For you to decide:", questions),
+        ("Dropped:", migration.dropped),
+        (
+            "Not understood, and so not carried over:",
+            [f"{name}: {_short(value)}" for name, value in migration.unknown.items()],
+        ),
+        ("Not set in the source (null):", [", ".join(migration.unset)] if migration.unset else []),
+    ):
+        if entries:
+            lines += ["", f"# {title}"]
+            for entry in entries:
+                lines += _comment(entry, "#   ", "#     ")
+    return "\n".join(lines) + "\n"
+
+
+def _comment(text: str, first: str = "# ", rest: str = "# ") -> list[str]:
+    return textwrap.wrap(
+        text, 118, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def _dump(option: str, value: Any) -> list[str]:
+    text = yaml.safe_dump({option: value}, default_flow_style=False, sort_keys=False, allow_unicode=True, width=10_000)
+    return re.sub(r"^- ", "  - ", text, flags=re.MULTILINE).rstrip("\n").splitlines()
+
+
+def table(system: str) -> str:
+    """The mapping of one system as a table in Markdown, for docs/migration.md."""
+    rows = ["| field | option | remark |", "| --- | --- | --- |"]
+    for name, row in SYSTEMS[system].items():
+        plain = row.to is not None and not row.to.startswith("@")
+        option = f"`{row.to}`" if plain else "dropped" if row.to is None else "see remark"
+        rows.append(f"| `{name}` | {option} | {row.why} |")
+    if system == "verl":
+        rows += [f"| `{name}`, what is not above | dropped | {why} |" for name, why in VERL_SECTIONS.items()]
+    return "\n".join(rows)
