@@ -8,9 +8,9 @@ Migrates a GRPO script, or a configuration of GRPO or of another system's GSPO, 
     python scripts/migrate.py run_verl.sh --num_processes 16    # the options of a command line in a file
     python scripts/migrate.py --command "swift rlhf --rlhf_type grpo --model ..."
 
-Configurations are YAML, JSON or command lines, of TRL, stateset-agents, stand-alone GSPO scripts, verl or ms-swift. Which
-it is, is told from the fields; `--from` says it. What was changed and why stands in the result; what is left for you to
-decide is listed with its line on the error output.
+Configurations are YAML, JSON or command lines, of TRL, stateset-agents, stand-alone GSPO scripts, verl or ms-swift.
+Which it is, is told from the fields; `--from` says it. What was changed and why stands in the result; what is left for
+you to decide is listed with its line on the error output.
 
 Exit codes: 0 done, or nothing to do; 1 done, with points left for you to decide; 2 bad input, named in one line.
 """

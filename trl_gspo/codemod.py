@@ -1,8 +1,8 @@
 """
 A GRPO script in Python as a GSPO script, on its syntax tree: formatting and comments stay.
 
-What is decided: TRL's two classes, however they are imported, and the literal arguments of a configuration. What depends
-on a value that is not in the file is listed with its line and reason.
+What is decided: TRL's two classes, however they are imported, and the literal arguments of a configuration. What
+depends on a value that is not in the file is listed with its line and reason.
 """
 
 import ast
@@ -106,8 +106,8 @@ class Script(NamedTuple):
 
 def migrate_script(source: bytes) -> Script:
     """
-    Swaps `GRPOTrainer` and `GRPOConfig` of TRL for `GSPOTrainer` and `GSPOConfig`, and takes out of the configuration what
-    they replace.
+    Swaps `GRPOTrainer` and `GRPOConfig` of TRL for `GSPOTrainer` and `GSPOConfig`, and takes out of the configuration
+    what they replace.
 
     Args:
         source (`bytes`): a Python script.
@@ -269,7 +269,8 @@ class _Survey(cst.CSTVisitor):
         ):
             why = (
                 "it is handed on from here, so that its values come from elsewhere: leave --loss_type, "
-                "--importance_sampling_level, --epsilon and small --beta out of the command line, and migrate a YAML file too."
+                "--importance_sampling_level, --epsilon and small --beta out of the command line, and migrate a "
+                "YAML file too."
             )
         else:
             why = "it is handed on from here: see that what gets it means GSPO's."
@@ -329,7 +330,8 @@ class _Survey(cst.CSTVisitor):
             if name in RULED and default is not None:
                 self._point(
                     node,
-                    f"`--{name}` has a default of its own, {cst.Module([]).code_for_node(default)}: see that it is GSPO's.",
+                    f"`--{name}` has a default of its own, {cst.Module([]).code_for_node(default)}: see that it is "
+                    "GSPO's.",
                 )
         if function == "setattr" and len(node.args) > 1 and _literal(node.args[1].value) in RULED:
             self._point(node, f"`{_literal(node.args[1].value)}` is set here: see that it is GSPO's.")
@@ -595,7 +597,9 @@ _ADVICE = {
     "epsilon_high": f"A sequence's is about {EPSILON_HIGH}; TRL's 0.2 is for single tokens, and never clips.",
     "beta": f"GSPO has no KL term; below {SMALL_KL} leave it out.",
     "delta": "It bounds the ratio of a whole completion now.",
-    "steps_per_generation": f"Left out it is {MINIBATCHES} x gradient_accumulation_steps; at one optimizer step a rollout the ratio is 1.",
+    "steps_per_generation": (
+        f"Left out it is {MINIBATCHES} x gradient_accumulation_steps; at one optimizer step a rollout the ratio is 1."
+    ),
     "generation_batch_size": "With one optimizer step a rollout the ratio is exactly 1; left out, a rollout has four.",
     "disable_dropout": "Dropout moves the ratio past the clip range: leave it out.",
 }

@@ -2,8 +2,8 @@
 Configurations of GRPO, and of other systems' GSPO, as configurations of `scripts/train.py`.
 
 A configuration is read as a mapping ([`read_config`], [`read_command`]), its system is told from its fields
-([`detect`]), and [`migrate_config`] turns it into our options with a remark on every field. [`to_yaml`] writes them down.
-Scripts in Python are [`trl_gspo.codemod`]'s.
+([`detect`]), and [`migrate_config`] turns it into our options, with a remark on every field. [`to_yaml`] writes them
+down. The tables are in [`trl_gspo.migration_tables`]; scripts in Python are for [`trl_gspo.codemod`].
 """
 
 import json
@@ -11,10 +11,10 @@ import math
 import re
 import shlex
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 from trl import ModelConfig
@@ -23,6 +23,21 @@ from .config import _FOREIGN_LOSS_FIELDS, _LONG_COMPLETION, _REFUSED_LOSS_TYPES,
 from .config import _LOSS_TYPES as LOSS_TYPES
 from .config import MINIBATCHES_PER_ROLLOUT as MINIBATCHES
 from .health import HealthBounds
+from .migration_tables import (
+    ACTOR,
+    DEFAULTS,
+    NAMES,
+    ONE_OLD_POLICY,
+    OWN_DATA,
+    STANDALONE_SHARED,
+    SWIFT,
+    SWIFT_REWARDS,
+    SYSTEMS,
+    TELLING,
+    VERL,
+    VERL_SECTIONS,
+    Row,
+)
 from .objective import EPSILON_HIGH, EPSILON_LOW, LEVELS
 
 
@@ -64,15 +79,6 @@ class MigrationError(ValueError):
     """What was given cannot be migrated; the message says why, and what to do."""
 
 
-class Row(NamedTuple):
-    """What becomes of a field: the option it turns into (`None`: dropped), and why, where that is not plain."""
-
-    to: str | None = None
-    why: str = ""
-    convert: Callable[[Any], Any] | None = None
-    asks: bool = False  # a person has to decide
-
-
 @dataclass
 class Migration:
     """
@@ -81,7 +87,8 @@ class Migration:
     Attributes:
         system (`str`): where it comes from, one of [`SYSTEMS`].
         values (`dict[str, Any]`): options and their values.
-        remarks (`dict[str, list[str]]`): for each option that does not merely stand as it stood, where it is from and why.
+        remarks (`dict[str, list[str]]`): for each option that does not merely stand as it stood, where it is from, and
+            why.
         dropped (`list[str]`): source fields without a counterpart, with value and reason.
         questions (`list[str]`): what a person has to decide.
         unknown (`dict[str, Any]`): source fields that were not understood.
@@ -116,447 +123,12 @@ class Migration:
         return f"{source}: {_short(value)}"
 
 
-# ---- tables: field of the source -> what becomes of it
-
-_NO_PROMPT_LIMIT = "TRL cuts no prompts: leave long ones out of the data."
-_OTHER_ENGINE = "Of its own engine; `use_vllm` and the options vllm_... are TRL's."
-_OTHER_SHARDING = "Of its own sharding; use accelerate's or DeepSpeed's: configs/deepspeed/zero3.json."
-_CRITIC = "GSPO has no critic."
-_WATCHED = "The health watch warns and stops, by the bounds health_..."
-_ONE_OLD_POLICY = (
-    "Here the old policy is the one that sampled, and each rollout is trained on for four optimizer steps "
-    "(GSPO paper, section 5.1)."
-)
-
-
-def _steps_or_none(value: Any) -> Any:
-    return value if _number("", value) > 0 else None
-
-
-_REMOVED_FROM_TRL = "No option of TRL 1.14 to 1.16 any more."
-
-TRL = {
-    "torch_dtype": Row("dtype", "Renamed by TRL."),
-    "warmup_ratio": Row("warmup_steps", "transformers 5 takes a share below 1 as `warmup_steps`."),
-    "evaluation_strategy": Row("eval_strategy", "Renamed by transformers."),
-    "use_liger_loss": Row("use_liger_kernel", "Renamed by TRL."),
-    "wandb_log_unique_prompts": Row("log_unique_prompts", "Renamed by TRL."),
-    "vllm_importance_sampling_cap": Row("vllm_importance_sampling_clip_max", "Renamed by TRL."),
-    "use_transformers_paged": Row("use_transformers_continuous_batching", "Renamed by TRL."),
-    "vllm_max_model_len": Row("vllm_max_model_length", "Renamed by TRL."),
-    "vllm_guided_decoding_regex": Row("vllm_structured_outputs_regex", "Renamed by TRL."),
-    "no_cuda": Row("use_cpu", "Renamed by transformers."),
-    "reward_model_name_or_path": Row("@reward_model", "A reward model is one of the `reward_funcs`."),
-    "steps_per_generation": Row("@steps_per_generation", "Kept, unless it makes one optimizer step a rollout."),
-    "generation_batch_size": Row("@generation_batch_size", "As `steps_per_generation`, for the processes at hand."),
-    "overwrite_output_dir": Row(None, "Here it deletes checkpoints; the output folder is a new one."),
-    "resume_from_checkpoint": Row(None, "A checkpoint of the other run; the new one starts from the model."),
-    "ignore_bias_buffers": Row(None, "GRPO never read it."),
-    "gradient_checkpointing_use_reentrant": Row(None, _REMOVED_FROM_TRL),
-    "max_prompt_length": Row(None, _NO_PROMPT_LIMIT),
-    "logging_dir": Row(None, "transformers 5 takes it from the environment: TENSORBOARD_LOGGING_DIR."),
-    "use_vespo": Row(None, _REMOVED_FROM_TRL),
-    "datasets": Row("@datasets", "One data set becomes `dataset_name`; a mixture has to be made before.", None, True),
-    "streaming": Row("dataset_streaming", "Of a mixture; the option for one data set."),
-    "test_split_size": Row(
-        None, "Slices do it: `dataset_train_split: train[100:]`, `dataset_test_split: train[:100]`."
-    ),
-}
-
-STATESET = {
-    "model_name": Row("model_name_or_path"),
-    "cliprange": Row("epsilon"),
-    "clip_ratio": Row("epsilon"),
-    "clip_range_left": Row("epsilon"),
-    "clip_range_right": Row("epsilon_high"),
-    "kl_coef": Row("beta"),
-    "use_reference_model": Row(
-        "@use_reference_model", "Its KL term needs it; TRL loads the reference model if `beta` > 0."
-    ),
-    "use_gspo_token": Row("@use_gspo_token", "True: `importance_sampling_level: sequence_token`."),
-    "rescore_old_log_probs": Row("@rescore", "False: `use_rollout_logps: true`, which needs vLLM."),
-    "num_outer_iterations": Row("@rollouts", "Rollouts: times four optimizer steps it is `max_steps`."),
-    "generations_per_iteration": Row("@prompts_per_rollout", "Prompts in a rollout; ours holds as many."),
-    "mini_batch_size": Row(None, "Its trainer does not read it."),
-    "generation_batch_size": Row(None, "Of its sampler; a rollout is sized by `steps_per_generation`."),
-    "num_episodes": Row(
-        "@episodes", "Divided by `gradient_accumulation_steps`, as its get_total_steps does: `max_steps`."
-    ),
-    "num_epochs": Row("num_train_epochs"),
-    "batch_size": Row("per_device_train_batch_size", "Its alias."),
-    "max_examples": Row("@max_examples", "A slice of `dataset_train_split`."),
-    "use_lora": Row("use_peft"),
-    "use_8bit": Row("load_in_8bit"),
-    "use_4bit": Row("load_in_4bit"),
-    "warmup_ratio": TRL["warmup_ratio"],
-    "wandb_project": Row("@env WANDB_PROJECT", "Weights & Biases reads it from the environment."),
-    "wandb_entity": Row("@env WANDB_ENTITY", "As above."),
-    "wandb_tags": Row("@env WANDB_TAGS", "As above, with commas."),
-    "wandb_notes": Row("@env WANDB_NOTES", "As above."),
-    "wandb_run_name": Row("run_name", "Its alias."),
-    "advantage_normalization": Row("scale_rewards", "", lambda value: "group" if value else "none"),
-    "vllm_max_model_len": Row("vllm_max_model_length"),
-    "vllm_enable_prefix_caching": Row(None, _OTHER_ENGINE),
-    "vllm_enable_chunked_prefill": Row(None, _OTHER_ENGINE),
-    "vllm_quantization": Row(None, _OTHER_ENGINE),
-    "max_prompt_length": Row(None, _NO_PROMPT_LIMIT),
-    "overwrite_output_dir": TRL["overwrite_output_dir"],
-    "gamma": Row(None, "One reward for each completion is not discounted; `step_discount` is for step rewards."),
-    "gae_lambda": Row(None, _CRITIC),
-    "value_clip": Row(None, _CRITIC),
-    "reward_clip": Row(None, "Rewards are normalised in their group; clip in the reward function if they need it."),
-    "baseline_type": Row("@baseline", "group_mean is GSPO's."),
-    "entropy_coef": Row(
-        None, "GSPO has no entropy bonus. TRL's `entropy_coef` is one; every row then goes through the model."
-    ),
-    "auto_adjust": Row(None, _WATCHED),
-    "early_stopping": Row(None, _WATCHED),
-    "patience": Row(None, _WATCHED),
-    "eval_split_size": Row(None, TRL["test_split_size"].why),
-    "stratify_by_task": Row(None, "No counterpart."),
-    "data_format": Row(None, "The ending of the file says it."),
-    "run_post_eval": Row(None, "Set `eval_strategy` to evaluate."),
-    "post_eval_samples": Row(None, "As `run_post_eval`."),
-    "post_eval_detailed": Row(None, "As `run_post_eval`."),
-    "max_steps_per_episode": Row(None, "Its trainer does not read it."),
-}
-
-_OWN_DATA = {
-    "gsm8k": {
-        "dataset_name": "openai/gsm8k",
-        "dataset_config": "main",
-        "prompt_column": "question",
-        "solution_column": "answer",
-        "system_prompt": 'Reason step by step, then give the final number behind four hashes, as in "#### 72".',
-        "reward_funcs": ["final_number_reward"],
-    },
-    "math": {},
-    "code": {},
-    "mixed": {},
-}
-
-STANDALONE = {
-    "model_name": Row("model_name_or_path"),
-    "left_clip_range": Row("epsilon"),
-    "right_clip_range": Row("epsilon_high"),
-    "group_size": Row("num_generations"),
-    "batch_size": Row("@prompts_per_step", "Prompts in an optimizer step: times `group_size` completions."),
-    "mini_batch_size": Row("@prompts_per_micro_batch", "Prompts in a micro-batch: times `group_size` completions."),
-    "gradient_accumulation_steps": Row("@accumulation", "Multiplies the prompts of an optimizer step."),
-    "grad_accum_steps": Row("@accumulation", "Multiplies the prompts of an optimizer step."),
-    "update_frequency": Row(None, f"Epochs until its old policy is refreshed. {_ONE_OLD_POLICY}"),
-    "dataset": Row("@own_data", "gsm8k is on the hub; the others are made by its own code."),
-    "num_train_samples": Row("@max_examples", "A slice of `dataset_train_split`."),
-    "train_size": Row("@max_examples", "A slice of `dataset_train_split`."),
-    "num_eval_samples": Row("@eval_examples", "A slice of `dataset_test_split`."),
-    "eval_size": Row("@eval_examples", "A slice of `dataset_test_split`."),
-    "val_split": Row(None, TRL["test_split_size"].why),
-    "num_epochs": Row("num_train_epochs"),
-    "max_length": Row("max_completion_length", "There it counts the prompt too; here the completion alone."),
-    "log_frequency": Row("logging_steps"),
-    "eval_frequency": Row("@eval_steps", "`eval_steps`, where there is something to evaluate on."),
-    "use_wandb": Row("report_to", "", lambda value: "wandb" if value else "none"),
-    "device": Row("use_cpu", "", lambda value: str(value).startswith("cpu")),
-    "use_8bit_optimizer": Row("@adam8bit", "`optim: adamw_bnb_8bit`."),
-    "use_gradient_checkpointing": Row("gradient_checkpointing"),
-    "reward_normalization": Row(None, "Rewards are normalised in their group."),
-    "advantage_normalization": STATESET["advantage_normalization"],
-    "early_stopping_patience": Row(None, _WATCHED),
-    "use_curriculum": Row(None, "No counterpart: order the data, with `shuffle_dataset: false`."),
-    "curriculum_threshold": Row(None, "As `use_curriculum`."),
-}
-
-_A = "actor_rollout_ref.actor."
-_M = "actor_rollout_ref.model."
-_R = "actor_rollout_ref.rollout."
-
-VERL = {
-    _M + "path": Row("model_name_or_path"),
-    _M + "trust_remote_code": Row("trust_remote_code"),
-    _M + "enable_gradient_checkpointing": Row("gradient_checkpointing"),
-    _M + "lora_rank": Row("@lora_rank", "0 is no adapter; else `use_peft` and `lora_r`."),
-    _M + "lora_alpha": Row("lora_alpha"),
-    _M + "target_modules": Row("lora_target_modules"),
-    _M + "use_liger": Row("use_liger_kernel"),
-    _M + "use_remove_padding": Row(None, "`pack_live_tokens` leaves out padding, and is on."),
-    _M + "use_fused_kernels": Row(None, "TRL's head is fused already."),
-    _M + "enable_activation_offload": Row(None, _OTHER_SHARDING),
-    _M + "use_shm": Row(None, _OTHER_SHARDING),
-    _M + "external_lib": Row(None, "Import it in a script of your own."),
-    _M + "override_config": Row(None, "`model_init_kwargs` goes to from_pretrained."),
-    "data.train_files": Row("@train_files", "`dataset_name`, if it is one file."),
-    "data.val_files": Row("@val_files", "`eval_dataset_name`, if it is one file and `trainer.test_freq` is set."),
-    "data.prompt_key": Row("prompt_column"),
-    "data.train_batch_size": Row("@prompts_per_rollout", "Prompts in a rollout."),
-    "data.max_prompt_length": Row(None, _NO_PROMPT_LIMIT),
-    "data.max_response_length": Row("max_completion_length"),
-    "data.shuffle": Row("shuffle_dataset"),
-    "data.seed": Row("data_seed"),
-    "data.trust_remote_code": Row(None, "As `actor_rollout_ref.model.trust_remote_code`."),
-    "data.truncation": Row(None, _NO_PROMPT_LIMIT),
-    "data.filter_overlong_prompts": Row(None, _NO_PROMPT_LIMIT),
-    "data.filter_overlong_prompts_workers": Row(None, _NO_PROMPT_LIMIT),
-    "data.dataloader_num_workers": Row("dataloader_num_workers"),
-    "data.reward_fn_key": Row(None, "Rewards are named in `reward_funcs`."),
-    "data.val_batch_size": Row(None, "`per_device_eval_batch_size` counts completions."),
-    _A + "optim.lr": Row("learning_rate"),
-    _A + "optim.lr_warmup_steps": Row(
-        "@warmup_steps", "Counted in rollouts there: times the minibatches of one here."
-    ),
-    _A + "optim.lr_warmup_steps_ratio": Row("@warmup_ratio", "A share below 1 is `warmup_steps` too."),
-    _A + "optim.weight_decay": Row("weight_decay"),
-    _A + "optim.betas": Row("@betas", "`adam_beta1` and `adam_beta2`."),
-    _A + "optim.clip_grad": Row("max_grad_norm"),
-    _A + "optim.warmup_style": Row("@schedule", "constant: `constant_with_warmup`."),
-    _A + "optim.lr_scheduler_type": Row("@schedule", "constant: `constant_with_warmup`."),
-    _A + "optim.min_lr_ratio": Row(None, "`lr_scheduler_type: cosine_with_min_lr` has it."),
-    _A + "optim.num_cycles": Row(None, "`lr_scheduler_kwargs` has it."),
-    _A + "optim.total_training_steps": Row(None, "`max_steps` says it."),
-    _A + "grad_clip": Row("max_grad_norm"),
-    _A + "strategy": Row(None, _OTHER_SHARDING),
-    _A + "ppo_mini_batch_size": Row(
-        "@prompts_per_step", "Prompts in an optimizer step: times `rollout.n` completions."
-    ),
-    _A + "ppo_micro_batch_size_per_gpu": Row(
-        "@completions_per_micro_batch", "Completions of one process in a forward."
-    ),
-    _A + "ppo_micro_batch_size": Row("@completions_of_all", "The same over all processes."),
-    _A + "use_dynamic_bsz": Row(
-        "@dynamic", "Micro-batches by tokens: here rows are packed and balanced by tokens anyway."
-    ),
-    _A + "ppo_max_token_len_per_gpu": Row(None, "As `use_dynamic_bsz`."),
-    _A + "ppo_epochs": Row("num_iterations"),
-    _A + "shuffle": Row(None, "TRL draws the minibatches of a rollout at random."),
-    _A + "clip_ratio": Row("@clip_ratio", "Both sides, where low and high do not say otherwise."),
-    _A + "clip_ratio_low": Row("epsilon"),
-    _A + "clip_ratio_high": Row("epsilon_high"),
-    _A + "clip_ratio_c": Row(None, "Its GSPO loss does not read it; TRL's `delta` bounds the ratio from above."),
-    _A + "policy_loss.loss_mode": Row(
-        "@loss_mode",
-        "gspo: `importance_sampling_level: sequence`. It has the gradient of GSPO-token, "
-        "which is GSPO's where a completion has one advantage.",
-    ),
-    _A + "loss_agg_mode": Row("@loss_agg_mode", "seq-mean-token-mean is `loss_type: grpo`."),
-    _A + "entropy_coeff": Row("@entropy", "0 is the default; else TRL's `entropy_coef`."),
-    _A + "use_kl_loss": Row("@use_kl_loss", "False: `beta` is 0."),
-    _A + "kl_loss_coef": Row("@kl_loss_coef", "`beta`, with `use_kl_loss`."),
-    _A + "kl_loss_type": Row(None, "TRL's estimator is k3, low_var_kl there."),
-    _A + "freeze_vision_tower": Row(None, "No counterpart."),
-    _A + "tis_imp_ratio_cap": Row(None, "TRL has `vllm_importance_sampling_correction`."),
-    _R + "n": Row("num_generations"),
-    _R + "name": Row("@engine", "vllm and sglang: `use_vllm`; hf: generation by transformers."),
-    _R + "temperature": Row("temperature"),
-    _R + "top_p": Row("top_p"),
-    _R + "top_k": Row("top_k", "-1 there is 0 here: no limit.", lambda value: max(int(value), 0)),
-    _R + "prompt_length": Row(None, _NO_PROMPT_LIMIT),
-    _R + "response_length": Row("max_completion_length"),
-    _R + "gpu_memory_utilization": Row("vllm_gpu_memory_utilization"),
-    _R + "tensor_model_parallel_size": Row("vllm_tensor_parallel_size"),
-    _R + "max_model_len": Row("vllm_max_model_length"),
-    _R + "free_cache_engine": Row("vllm_enable_sleep_mode"),
-    "algorithm.adv_estimator": Row("@adv_estimator", "grpo is GSPO's; others are not."),
-    "algorithm.norm_adv_by_std_in_grpo": Row("scale_rewards", "", lambda value: "group" if value else "none"),
-    "algorithm.use_kl_in_reward": Row("@kl_in_reward", "TRL has the KL term in the loss alone."),
-    "algorithm.kl_ctrl.kl_coef": Row("@kl_ctrl", "Read with `use_kl_in_reward`."),
-    "algorithm.gamma": Row(None, STATESET["gamma"].why),
-    "algorithm.lam": Row(None, _CRITIC),
-    "algorithm.kl_penalty": Row(None, "Of the KL term in the reward."),
-    "trainer.total_epochs": Row("num_train_epochs"),
-    "trainer.total_training_steps": Row("@rollouts", "Rollouts: times the minibatches of one it is `max_steps`."),
-    "trainer.save_freq": Row("@save_freq", "Rollouts: times the minibatches of one; -1 is never."),
-    "trainer.test_freq": Row("@test_freq", "Rollouts: times the minibatches of one; -1 is never."),
-    "trainer.val_before_train": Row("@eval_on_start", "`eval_on_start`, where `trainer.test_freq` is set."),
-    "trainer.logger": Row("@loggers", "`report_to`; the console is always on."),
-    "trainer.project_name": Row("@env WANDB_PROJECT", STATESET["wandb_project"].why),
-    "trainer.experiment_name": Row("run_name"),
-    "trainer.default_local_dir": Row("output_dir"),
-    "trainer.n_gpus_per_node": Row("@gpus", "Processes: the batch is divided by them."),
-    "trainer.nnodes": Row("@nodes", "Processes: the batch is divided by them."),
-    "trainer.max_actor_ckpt_to_keep": Row("save_total_limit"),
-    "trainer.log_val_generations": Row(None, "`log_completions: true` logs those of the training."),
-    "trainer.resume_mode": Row(None, "--resume goes on from the last checkpoint."),
-    "trainer.critic_warmup": Row(None, _CRITIC),
-    "trainer.balance_batch": Row(None, "Rows are balanced between ranks by tokens."),
-    "trainer.device": Row("use_cpu", "", lambda value: str(value) == "cpu"),
-    "custom_reward_function.path": Row(
-        None,
-        "Signature differs: TRL's get completions and columns, and return a list. Wrap it, and name it in `reward_funcs`.",
-        None,
-        True,
-    ),
-    "custom_reward_function.name": Row(None, "As `custom_reward_function.path`."),
-}
-
-# Whole sections of verl's configuration, the longest name first.
-VERL_SECTIONS = {
-    _A + "fsdp_config": _OTHER_SHARDING,
-    _A + "megatron": _OTHER_SHARDING,
-    _A + "ulysses_sequence_parallel_size": _OTHER_SHARDING,
-    _A + "optim": "Of its own optimizer.",
-    _A + "checkpoint": "`save_only_model: true` saves the weights alone.",
-    _A + "policy_loss": "Of other losses.",
-    _A + "profiler": "No counterpart.",
-    _A + "entropy_checkpointing": "TRL's head computes entropies in chunks.",
-    _A + "entropy_from_logits_with_chunking": "TRL's head computes entropies in chunks.",
-    _A + "use_torch_compile": "`torch_compile` compiles the model; nothing is packed then.",
-    _A + "use_fused_kernels": VERL[_M + "use_fused_kernels"].why,
-    _A + "use_remove_padding": VERL[_M + "use_remove_padding"].why,
-    _R.rstrip("."): _OTHER_ENGINE,
-    _M.rstrip("."): "Of its own model loading.",
-    "actor_rollout_ref.ref": "TRL loads the reference model if `beta` > 0, and shards it as the model.",
-    "actor_rollout_ref": "No counterpart.",
-    "algorithm": "Of other algorithms.",
-    "critic": _CRITIC,
-    "reward_model": "Rewards are named in `reward_funcs`.",
-    "reward": "Rewards are named in `reward_funcs`.",
-    "data": "Of its own data loader.",
-    "trainer": "No counterpart.",
-    "global_profiler": "No counterpart.",
-    "ray_init": "accelerate starts the processes.",
-    "ray_kwargs": "accelerate starts the processes.",
-    "transfer_queue": "No counterpart.",
-    "defaults": "Of Hydra. Give the composed configuration: `python -m verl.trainer.main_ppo ... --cfg job`.",
-    "hydra": "Of Hydra.",
-    "--config-path": "Of Hydra.",
-    "--config-name": "Of Hydra.",
-}
-
-_SWIFT_REWARDS = {
-    "accuracy": "accuracy_reward",
-    "format": "think_format_reward",
-    "cosine": "get_cosine_scaled_reward",
-    "repetition": "get_repetition_penalty_reward",
-    "soft_overlong": "get_soft_overlong_punishment",
-}
-
-SWIFT = {
-    "model": Row("model_name_or_path"),
-    "torch_dtype": Row("dtype"),
-    "attn_impl": Row("attn_implementation", "", lambda value: {"flash_attn": "flash_attention_2"}.get(value, value)),
-    "rlhf_type": Row("@rlhf_type", "Has to be grpo."),
-    "train_type": Row("@tuner", "lora is its default: `use_peft`."),
-    "tuner_type": Row("@tuner", "lora is its default: `use_peft`."),
-    "sft_type": Row("@tuner", "lora is its default: `use_peft`."),
-    "lora_rank": Row("lora_r"),
-    "target_modules": Row(
-        "lora_target_modules", "", lambda value: "all-linear" if value in ("DEFAULT", ["DEFAULT"]) else value
-    ),
-    "modules_to_save": Row("lora_modules_to_save"),
-    "quant_method": Row("@quant_method", "bnb: `load_in_4bit` or `load_in_8bit`, by `quant_bits`."),
-    "quant_bits": Row("@quant_bits", "With `quant_method: bnb`."),
-    "bnb_4bit_use_double_quant": Row("use_bnb_nested_quant"),
-    "bnb_4bit_compute_dtype": Row(None, "TRL computes in `dtype`."),
-    "dataset": Row("@dataset", "One of them, with `#n` as a slice of `dataset_train_split`."),
-    "val_dataset": Row("@val_dataset", "`eval_dataset_name`."),
-    "split_dataset_ratio": Row(None, TRL["test_split_size"].why),
-    "columns": Row("@columns", "`prompt_column` and `solution_column`."),
-    "system": Row("system_prompt"),
-    "reward_funcs": Row(
-        "@reward_funcs",
-        "accuracy, format, cosine, repetition and soft_overlong have TRL's names; plugins are functions of your own.",
-    ),
-    "reward_model": Row("@reward_model", TRL["reward_model_name_or_path"].why),
-    "external_plugins": Row(None, "Name its functions in `reward_funcs`, as package.module.function.", None, True),
-    "soft_cache_length": Row("@soft_cache_length", "`reward_kwargs` of get_soft_overlong_punishment."),
-    "soft_max_length": Row("@soft_max_length", "`reward_kwargs` of get_soft_overlong_punishment."),
-    "steps_per_generation": TRL["steps_per_generation"],
-    "generation_batch_size": TRL["generation_batch_size"],
-    "overlong_filter": Row("mask_truncated_completions"),
-    "warmup_ratio": TRL["warmup_ratio"],
-    "vllm_max_model_len": Row("vllm_max_model_length"),
-    "sleep_level": Row("vllm_enable_sleep_mode", "", lambda value: int(value) > 0),
-    "deepspeed": Row("@deepspeed", "zero3 is configs/deepspeed/zero3.json."),
-    "NPROC_PER_NODE": Row("@gpus", "Processes: the batch is divided by them."),
-    "NNODES": Row("@nodes", "Processes: the batch is divided by them."),
-    "max_length": Row(None, _NO_PROMPT_LIMIT),
-    "truncation_strategy": Row(None, _NO_PROMPT_LIMIT),
-    "max_new_tokens": Row("max_completion_length", "Its older name."),
-    "response_length": Row("max_completion_length", "Its older name."),
-    "dynamic_sample": Row(
-        None, "TRL does not sample again; groups of equal rewards cost nothing in the loss step here."
-    ),
-    "max_resample_times": Row(None, "As `dynamic_sample`."),
-    "offload_optimizer": Row(None, "`vllm_enable_sleep_mode` and DeepSpeed's offloading are TRL's ways."),
-    "offload_model": Row(None, "As `offload_optimizer`."),
-    "gc_collect_after_offload": Row(None, "As `offload_optimizer`."),
-    "move_model_batches": Row(None, "As `offload_optimizer`."),
-    "log_entropy": Row(None, "TRL logs the entropy always."),
-    "advantage_estimator": Row("@adv_estimator", "grpo is GSPO's; others are not."),
-    "kl_in_reward": Row("@kl_in_reward", "TRL has the KL term in the loss alone."),
-    "load_from_cache_file": Row(None, "The library `datasets` keeps a cache by itself."),
-    "dataset_num_proc": Row(None, "The library `datasets` reads in one process here."),
-    "dataset_shuffle": Row("shuffle_dataset"),
-    "train_dataloader_shuffle": Row("shuffle_dataset"),
-    "model_type": Row(None, "transformers reads it from the model."),
-    "template": Row(None, "The chat template is the tokenizer's."),
-    "use_hf": Row(None, "Models and data come from the Hugging Face hub."),
-    "check_model": Row(None, "No counterpart."),
-    "add_version": Row(None, "The output folder is used as it is."),
-    "tuner_backend": Row(None, "PEFT."),
-    "async_generate": Row(None, "No counterpart."),
-    "multi_turn_scheduler": Row(None, "TRL's are `environment_factory` and `tools`, in a script.", None, True),
-    "max_turns": Row(None, "`max_tool_calling_iterations` limits TRL's tool calls."),
-    "padding_free": Row(None, VERL[_M + "use_remove_padding"].why),
-    "sequence_parallel_size": Row(None, "GRPO of TRL has no sequence parallelism."),
-    "vllm_max_num_seqs": Row(None, _OTHER_ENGINE),
-    "vllm_enforce_eager": Row(None, _OTHER_ENGINE),
-    "vllm_enable_prefix_caching": Row(None, _OTHER_ENGINE),
-    "vllm_limit_mm_per_prompt": Row(None, _OTHER_ENGINE),
-    "vllm_disable_custom_all_reduce": Row(None, _OTHER_ENGINE),
-    "ref_model": Row(None, "TRL's reference is the model at the start."),
-    "CUDA_VISIBLE_DEVICES": Row(None, "Set it before `accelerate launch`."),
-}
-
-SYSTEMS = {"trl": TRL, "stateset": STATESET, "standalone": STANDALONE, "verl": VERL, "ms-swift": SWIFT}
-
-NAMES = {
-    "trl": "TRL",
-    "stateset": "stateset-agents",
-    "standalone": "a stand-alone GSPO script",
-    "verl": "verl",
-    "ms-swift": "ms-swift",
-}
-
-# A value that only this system knows.
-_TELLING = {("importance_sampling_level", "sequence_token"): "ms-swift", ("rlhf_type", "grpo"): "ms-swift"}
-
-# What the source does where its configuration is silent, and TRL something else.
-_DEFAULTS = {
-    "stateset": {
-        "use_peft": True,
-        "learning_rate": 5e-6,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.1,
-        "temperature": 0.7,
-        "top_p": 0.9,
-        "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": 4,
-    },
-    "standalone": {"num_generations": 4, "logging_steps": 5},
-    "verl": {
-        "use_vllm": True,
-        "weight_decay": 0.01,
-        "lr_scheduler_type": "constant_with_warmup",
-        "prompt_column": "prompt",
-    },
-    "ms-swift": {
-        "use_peft": True,
-        "lora_r": 8,
-        "lora_target_modules": "all-linear",
-        "temperature": 0.9,
-        "per_device_train_batch_size": 1,
-        "lr_scheduler_type": "cosine",
-        "logging_steps": 5,
-    },
-}
-
-
 def is_token_level(epsilon: float, is_sequence: bool, length: float) -> bool:
     """
     Whether a clip range is meant for single tokens, or is none at all.
 
-    TRL's 0.2 always is. Any other that is wide is, unless it was chosen for the ratio of sequences (`is_sequence`) that
-    are short: of `length` tokens at most.
+    TRL's 0.2 always is. Any other that is wide is, unless it was chosen for the ratio of sequences (`is_sequence`)
+    that are short: of `length` tokens at most.
     """
     is_wide = epsilon > _WIDE_EPSILON and not (is_sequence and length <= _LONG_COMPLETION)
     return epsilon == 0.2 or is_wide or not 0 < epsilon < 1
@@ -599,8 +171,8 @@ def read_command(text: str) -> dict[str, Any]:
     """
     The options of a command line, or of the last command of a shell script that has any, as a mapping.
 
-    Understood are `--name value`, `--name=value`, `--flag`, Hydra's `section.name=value`, and variables that the script
-    itself sets, with `${NAME}`, `${NAME:-default}` and `$((...))`. A variable from elsewhere stays as it is written.
+    Understood are `--name value`, `--name=value`, `--flag`, Hydra's `section.name=value`, and variables that the
+    script itself sets, with `${NAME}`, `${NAME:-default}` and `$((...))`. A variable from elsewhere stays as it is written.
 
     Raises:
         MigrationError: if there is no option in it, or a quote is not closed.
@@ -608,6 +180,7 @@ def read_command(text: str) -> dict[str, Any]:
     variables: dict[str, str] = {}
     found: dict[str, Any] = {}
     joined = re.sub(r"\\[ \t]*\n", " ", text)
+    joined = re.sub(r"\$\(\(.*?\)\)(?!\))", lambda match: re.sub(r"\s", "", match[0]), joined)
     try:
         lines = [shlex.split(line) for line in _logical_lines(joined)]
     except ValueError as error:
@@ -730,7 +303,7 @@ def detect(config: Mapping[str, Any]) -> str:
     Raises:
         MigrationError: if two know equally many, or none knows half of them. The message names the options.
     """
-    told = {_TELLING[key] for key in config.items() if isinstance(key[1], str) and key in _TELLING}
+    told = {TELLING[key] for key in config.items() if isinstance(key[1], str) and key in TELLING}
     if len(told) == 1:
         return told.pop()
     names = [name for name in _flat(config) if name != "env"]
@@ -739,7 +312,8 @@ def detect(config: Mapping[str, Any]) -> str:
     leaders = [system for system, score in scores.items() if score == best]
     if 2 * best < len(names) or not names:
         raise MigrationError(
-            f"no system is known by these fields: {_listed(names)}. Known are {', '.join(SYSTEMS)}; give --from SYSTEM "
+            f"no system is known by these fields: {_listed(names)}. Known are {', '.join(SYSTEMS)}; give --from "
+            "SYSTEM "
             "if it is one of them."
         )
     if len(leaders) > 1:
@@ -792,11 +366,8 @@ def _row(system: str, name: str) -> Row | None:
         return SYSTEMS[system][name]
     if name in known_options():
         # A stand-alone script has few names of its own, and TRL's data and batch options are not among them.
-        return Row(name) if system != "standalone" or name in _STANDALONE_SHARED else None
+        return Row(name) if system != "standalone" or name in STANDALONE_SHARED else None
     return None
-
-
-_STANDALONE_SHARED = {"learning_rate", "output_dir", "seed", "max_grad_norm", "weight_decay", "temperature", "beta"}
 
 
 # ---- migrating
@@ -808,8 +379,8 @@ def migrate_config(
     """
     Turns a configuration into one of `scripts/train.py` that trains GSPO.
 
-    Clip ranges for single tokens become the paper's, a KL coefficient below [`SMALL_KL`] becomes 0, losses that are not
-    GSPO's become its own, and the batch is counted in TRL's terms: `per_device_train_batch_size` in completions,
+    Clip ranges for single tokens become the paper's, a KL coefficient below [`SMALL_KL`] becomes 0, losses that are
+    not GSPO's become its own, and the batch is counted in TRL's terms: `per_device_train_batch_size` in completions,
     `steps_per_generation` in micro-batches. What was chosen, and is GSPO's, stays. Every field of the source is in
     the result: as an option, with a remark if it is not just carried over, as dropped, as unset, or as unknown.
 
@@ -832,7 +403,7 @@ def migrate_config(
     for name, value in (_flat(config) if system == "verl" else config).items():
         _take(result, name, value)
     _expand_facts(result)
-    for option, value in _DEFAULTS.get(system, {}).items():
+    for option, value in DEFAULTS.get(system, {}).items():
         if option not in result.values and _is_default_wanted(result, option):
             result.set(option, value, f"Not in the source, whose default it is: {_short(value)}.")
     _objective(result)
@@ -856,7 +427,7 @@ def _take(result: Migration, name: str, value: Any) -> None:
         result.unset.append(name)
         return
     if isinstance(value, str) and "$" in value and result.system in ("verl", "standalone", "ms-swift"):
-        if "${" in value and "oc." in value or re.match(r"\$\{[\w.]+\}$", value):
+        if re.search(r"\$\{[^}]*[.:]", value):
             result.drop(name, value, "A reference of Hydra to another field.")
         else:
             result.questions.append(f"`{name}: {value}` holds a variable that is not set here: {row.to or row.why}")
@@ -906,11 +477,12 @@ def _expand_facts(result: Migration) -> None:
         )
     if fact("reward_funcs") is not None:
         names = _list(fact("reward_funcs"))
-        strangers = [name for name in names if name not in _SWIFT_REWARDS and name not in _SWIFT_REWARDS.values()]
-        known = [_SWIFT_REWARDS.get(name, name) for name in names if name not in strangers]
+        strangers = [name for name in names if name not in SWIFT_REWARDS and name not in SWIFT_REWARDS.values()]
+        known = [SWIFT_REWARDS.get(name, name) for name in names if name not in strangers]
         if strangers:
             result.questions.append(
-                f"`{source('reward_funcs')}`: {', '.join(strangers)} are plugins; name them as package.module.function."
+                f"`{source('reward_funcs')}`: {', '.join(strangers)} are plugins; name them as "
+                "package.module.function."
             )
         if known:
             result.set(
@@ -963,7 +535,8 @@ def _expand_facts(result: Migration) -> None:
             result.set("dataset_train_split", f"train[:{int(count)}]", f"{source(name)}.")
         if result.system == "verl" and name == "train_files":
             result.questions.append(
-                "verl's rows hold the answer in `reward_model.ground_truth` and choose the reward by `data_source`: make a column of it, and name it in `solution_column`."
+                "verl's rows hold the answer in `reward_model.ground_truth` and choose the reward by "
+                "`data_source`: make a column of it, and name it in `solution_column`."
             )
     if fact("columns") is not None:
         columns = fact("columns") if isinstance(fact("columns"), dict) else {}
@@ -974,7 +547,7 @@ def _expand_facts(result: Migration) -> None:
         if not columns:
             asks("columns", "`prompt_column` and `solution_column` name the columns.")
     if fact("own_data") is not None:
-        ours = _OWN_DATA.get(fact("own_data"))
+        ours = OWN_DATA.get(fact("own_data"))
         if ours:
             for option, value in ours.items():
                 result.set(option, value, f"{source('own_data')}.")
@@ -983,7 +556,8 @@ def _expand_facts(result: Migration) -> None:
         else:
             asks(
                 "own_data",
-                "Its rows are made by its own code: write them to a file, with the columns prompt and solution, and set `dataset_name`.",
+                "Its rows are made by its own code: write them to a file, with the columns prompt and solution, "
+                "and set `dataset_name`.",
             )
     if fact("max_examples") is not None:
         split = values.get("dataset_train_split", "train")
@@ -1079,7 +653,8 @@ def _expand_facts(result: Migration) -> None:
     if fact("rescore") is False:
         asks(
             "rescore",
-            "`use_rollout_logps: true` does it, with `use_vllm: true` and `vllm_importance_sampling_correction: false`.",
+            "`use_rollout_logps: true` does it, with `use_vllm: true` and `vllm_importance_sampling_correction: "
+            "false`.",
         )
     else:
         drops("rescore", "Old log-probabilities are always scored here.")
@@ -1093,13 +668,16 @@ def _expand_facts(result: Migration) -> None:
     elif mode is not None:
         drops(
             "loss_mode",
-            f"{'The loss of GRPO' if mode == 'vanilla' else 'Another loss'}; GSPO's is `importance_sampling_level: sequence`.",
+            f"{'The loss of GRPO' if mode == 'vanilla' else 'Another loss'}; GSPO's is `importance_sampling_level: "
+            "sequence`.",
         )
     aggregation = fact("loss_agg_mode")
     if aggregation is not None:
         why = {
             "seq-mean-token-mean": "Each sequence counts the same.",
-            "token-mean": "It weights each sequence by its length; its own GSPO loss overrides it, and takes the mean of each.",
+            "token-mean": (
+                "It weights each sequence by its length; its own GSPO loss overrides it, and takes the mean of each."
+            ),
         }.get(aggregation, "It weights each sequence by its length; `loss_type: luspo` does so on purpose.")
         result.set("loss_type", "grpo", f"{source('loss_agg_mode')}. {why}")
     if fact("use_kl_loss"):
@@ -1124,7 +702,8 @@ def _expand_facts(result: Migration) -> None:
             result.set(
                 "beta",
                 0.0,
-                f"beta: {_short(was)} with {source('use_reference_model')}: without a reference model its KL term was off.",
+                f"beta: {_short(was)} with {source('use_reference_model')}: without a reference model its KL term "
+                "was off.",
             )
         else:
             drops("use_reference_model", "TRL loads the reference model if `beta` > 0.")
@@ -1165,13 +744,13 @@ def _expand_facts(result: Migration) -> None:
             if name in ("wandb", "tensorboard", "swanlab", "mlflow", "clearml", "trackio")
         ]
         result.set("report_to", known or "none", f"{source('loggers')}.")
-    drops("dynamic", VERL[_A + "use_dynamic_bsz"].why)
+    drops("dynamic", VERL[ACTOR + "use_dynamic_bsz"].why)
 
 
 def _is_default_wanted(result: Migration, option: str) -> bool:
     """Whether a default of the source is worth writing down: not where another field has decided it."""
     if option.startswith("lora_"):
-        return bool(result.values.get("use_peft", _DEFAULTS[result.system].get("use_peft")))
+        return bool(result.values.get("use_peft", DEFAULTS[result.system].get("use_peft")))
     if result.system == "stateset" and result.fact("prompts_per_rollout") is not None:
         return option not in ("per_device_train_batch_size", "gradient_accumulation_steps")
     return True
@@ -1223,7 +802,8 @@ def _objective(result: Migration) -> None:
             remarks[name].append("Kept: it is of the size of a sequence's ratio.")
     if length <= _LONG_COMPLETION and "clip_fraction_target" not in values:
         remarks["epsilon"].append(
-            f"With at most {int(length)} tokens the ratio spreads wider than the paper's; `clip_fraction_target: 0.15` finds the range."
+            f"With at most {int(length)} tokens the ratio spreads wider than the paper's; `clip_fraction_target: "
+            "0.15` finds the range."
         )
 
     beta = _number("beta", values.get("beta", 0))
@@ -1237,13 +817,15 @@ def _objective(result: Migration) -> None:
         result.set(
             "beta",
             0.0,
-            f"{_short(values['beta'])} is below {SMALL_KL}, where the guides switch it off: GSPO's objective (paper, equation 5) has no KL term.",
+            f"{_short(values['beta'])} is below {SMALL_KL}, where the guides switch it off: GSPO's objective "
+            "(paper, equation 5) has no KL term.",
         )
     elif beta > 0:
         result.set(
             "beta",
             beta,
-            f"Kept, since it is not below {SMALL_KL}: a reference model is loaded, and every row goes through the model.",
+            f"Kept, since it is not below {SMALL_KL}: a reference model is loaded, and every row goes through the "
+            "model.",
         )
     elif "beta" in values:
         values["beta"] = 0.0
@@ -1318,7 +900,8 @@ def _vllm(result: Migration) -> None:
             result.set(
                 "vllm_importance_sampling_mode",
                 "token_truncate",
-                "TRL's sequence_mask multiplies the ratios of all tokens, so that long completions fall out by rounding alone.",
+                "TRL's sequence_mask multiplies the ratios of all tokens, so that long completions fall out by "
+                "rounding alone.",
             )
 
 
@@ -1374,12 +957,15 @@ def _batch(result: Migration, num_processes: int | None) -> None:
         result.set(
             "steps_per_generation",
             steps,
-            f"Raised to {steps}, so that {processes} {'process' if processes == 1 else 'processes'} x {micro} x {steps} completions are whole groups of {group}.",
+            f"Raised to {steps}, so that {processes} {'process' if processes == 1 else 'processes'} x {micro} x "
+            f"{steps} completions are whole groups of {group}.",
         )
     rollout, step = micro * steps * processes, micro * accumulation * processes
     result.batch = (
-        f"{micro} completions in a micro-batch x {accumulation} x {processes} {'process' if processes == 1 else 'processes'} = {step} completions "
-        f"to an optimizer step; {micro} x {steps} x {processes} = {rollout} completions, {rollout // group} prompts, to a rollout."
+        f"{micro} completions in a micro-batch x {accumulation} x {processes} "
+        f"{'process' if processes == 1 else 'processes'} = {step} completions "
+        f"to an optimizer step; {micro} x {steps} x {processes} = {rollout} completions, {rollout // group} "
+        "prompts, to a rollout."
     )
     minibatches = max(steps * iterations // accumulation, 1)
     for name, option in (
@@ -1398,9 +984,10 @@ def _batch(result: Migration, num_processes: int | None) -> None:
                 result.dropped.append(f"{result.source(name)}. Not set there.")
             continue
         if option == "eval_steps":
-            if "dataset_name" not in values:
+            if "eval_dataset_name" not in values:
                 result.dropped.append(
-                    f"{result.source(name)}. There is nothing to evaluate on: set `eval_dataset_name`, `eval_strategy` and `eval_steps`."
+                    f"{result.source(name)}. There is nothing to evaluate on: set `eval_dataset_name`, "
+                    "`eval_strategy` and `eval_steps`."
                 )
                 continue
             result.set("eval_strategy", "steps", f"{result.source(name)}.")
@@ -1427,7 +1014,8 @@ def _batch_of_trl(result: Migration, group: int, processes: int, iterations: int
     accumulation = int(_number("gradient_accumulation_steps", values.get("gradient_accumulation_steps", 1)))
     if micro < 1 or accumulation < 1:
         raise MigrationError(
-            f"`per_device_train_batch_size: {micro}` and `gradient_accumulation_steps: {accumulation}` must be at least 1."
+            f"`per_device_train_batch_size: {micro}` and `gradient_accumulation_steps: {accumulation}` must be at "
+            "least 1."
         )
     prompts = result.fact("prompts_per_rollout")
     if prompts is not None:
@@ -1439,7 +1027,10 @@ def _batch_of_trl(result: Migration, group: int, processes: int, iterations: int
             if name in values
         ]
         micro, accumulation = _split(step, processes, micro if was else _MICRO_BATCH)
-        words = f"{result.source('prompts_per_rollout')} x {group} completions, of which its trainer makes one optimizer step, and {MINIBATCHES} here (paper, section 5.1)."
+        words = (
+            f"{result.source('prompts_per_rollout')} x {group} completions, of which its trainer makes one "
+            f"optimizer step, and {MINIBATCHES} here (paper, section 5.1)."
+        )
         for option, value in (("per_device_train_batch_size", micro), ("gradient_accumulation_steps", accumulation)):
             result.remarks.pop(option, None)
             result.set(option, value, words)
@@ -1463,7 +1054,8 @@ def _batch_of_trl(result: Migration, group: int, processes: int, iterations: int
         result.set(
             "max_steps",
             steps,
-            f"{result.source('episodes')} / gradient_accumulation_steps: {accumulation}, as its get_total_steps has it.",
+            f"{result.source('episodes')} / gradient_accumulation_steps: {accumulation}, as its get_total_steps has "
+            "it.",
         )
     elif result.fact("episodes") is not None:
         result.dropped.append(f"{result.source('episodes')}. num_outer_iterations says how long.")
@@ -1475,7 +1067,8 @@ def _batch_of_trl(result: Migration, group: int, processes: int, iterations: int
         result.set(
             "steps_per_generation",
             paper,
-            f"Not in the source, which takes one optimizer step from each rollout: the ratio is then exactly 1. {MINIBATCHES} x gradient_accumulation_steps (paper, section 5.1).",
+            "Not in the source, which takes one optimizer step from each rollout: the ratio is then exactly 1. "
+            f"{MINIBATCHES} x gradient_accumulation_steps (paper, section 5.1).",
         )
         return
     steps = _whole(result, name)
@@ -1485,7 +1078,8 @@ def _batch_of_trl(result: Migration, group: int, processes: int, iterations: int
             result.set(
                 "steps_per_generation",
                 paper,
-                f"{words} Not a multiple of {micro} completions x {processes} processes. {MINIBATCHES} x gradient_accumulation_steps (paper, section 5.1).",
+                f"{words} Not a multiple of {micro} completions x {processes} processes. {MINIBATCHES} x "
+                "gradient_accumulation_steps (paper, section 5.1).",
             )
             result.questions.append(
                 f"`{result.source(name)}` is no multiple of {micro} x {processes} processes: give --num_processes."
@@ -1498,13 +1092,15 @@ def _batch_of_trl(result: Migration, group: int, processes: int, iterations: int
         result.set(
             "steps_per_generation",
             paper,
-            f"{words} With gradient_accumulation_steps: {accumulation} that is one optimizer step a rollout, and the ratio exactly 1. {MINIBATCHES} x gradient_accumulation_steps (paper, section 5.1).",
+            f"{words} With gradient_accumulation_steps: {accumulation} that is one optimizer step a rollout, and "
+            f"the ratio exactly 1. {MINIBATCHES} x gradient_accumulation_steps (paper, section 5.1).",
         )
     else:
         result.set(
             "steps_per_generation",
             steps,
-            f"{words} Kept: {steps * iterations / accumulation:g} optimizer steps a rollout (paper, section 5.1: {MINIBATCHES}).",
+            f"{words} Kept: {steps * iterations / accumulation:g} optimizer steps a rollout (paper, section 5.1: "
+            f"{MINIBATCHES}).",
         )
 
 
@@ -1539,7 +1135,10 @@ def _batch_of_verl(result: Migration, group: int, processes: int, iterations: in
     why = f"{words_rollout} prompts a rollout, {minibatches} minibatches (paper, section 5.1: {MINIBATCHES})."
     if minibatches * iterations == 1:
         minibatches = MINIBATCHES
-        why = f"{words_rollout} prompts a rollout would be one optimizer step, and the ratio exactly 1. {MINIBATCHES} minibatches (paper, section 5.1)."
+        why = (
+            f"{words_rollout} prompts a rollout would be one optimizer step, and the ratio exactly 1. {MINIBATCHES} "
+            "minibatches (paper, section 5.1)."
+        )
     result.set("per_device_train_batch_size", micro, f"{words} Counted in completions.")
     result.set(
         "gradient_accumulation_steps",
@@ -1561,22 +1160,25 @@ def _batch_of_standalone(result: Migration, group: int, processes: int, iteratio
     result.set(
         "per_device_train_batch_size",
         micro,
-        f"{words.get('prompts_per_micro_batch', 'mini_batch_size, by default: 1')} prompts x group_size: {group} completions.",
+        f"{words.get('prompts_per_micro_batch', 'mini_batch_size, by default: 1')} prompts x group_size: {group} "
+        "completions.",
     )
     result.set(
         "gradient_accumulation_steps",
         accumulation,
-        f"{words.get('prompts_per_step', 'batch_size, by default: 4')} prompts x group_size: {group}{' x ' + words['accumulation'] if 'accumulation' in words else ''} completions to an optimizer step.",
+        f"{words.get('prompts_per_step', 'batch_size, by default: 4')} prompts x group_size: "
+        f"{group}{' x ' + words['accumulation'] if 'accumulation' in words else ''} completions to an optimizer "
+        "step.",
     )
     result.set(
         "steps_per_generation",
         MINIBATCHES * accumulation,
-        f"{MINIBATCHES} x gradient_accumulation_steps. {_ONE_OLD_POLICY}",
+        f"{MINIBATCHES} x gradient_accumulation_steps. {ONE_OLD_POLICY}",
     )
 
 
 def _split(completions: int, processes: int, limit: int) -> tuple[int, int]:
-    """Micro-batch of at most `limit`, and accumulation, whose product over all processes is `completions` or a bit more."""
+    """A micro-batch of at most `limit`, and accumulation: over all processes they are `completions`, or a bit more."""
     each = math.ceil(completions / processes)
     micro = max(size for size in range(1, min(max(limit, 1), each) + 1) if each % size == 0)
     return micro, each // micro
@@ -1697,19 +1299,23 @@ def _listed(names: list[str]) -> str:
 # ---- writing
 
 _ORDER = (
-    "model_name_or_path model_revision dtype bf16 fp16 use_cpu gradient_checkpointing deepspeed load_in_8bit load_in_4bit use_peft "
-    "lora_r lora_alpha lora_dropout lora_target_modules dataset_name dataset_config dataset_train_split eval_dataset_name "
-    "dataset_test_split prompt_column solution_column system_prompt reward_funcs reward_weights reward_kwargs env run_name "
+    "model_name_or_path model_revision dtype bf16 fp16 use_cpu gradient_checkpointing deepspeed load_in_8bit "
+    "load_in_4bit use_peft "
+    "lora_r lora_alpha lora_dropout lora_target_modules dataset_name dataset_config dataset_train_split "
+    "eval_dataset_name "
+    "dataset_test_split prompt_column solution_column system_prompt reward_funcs reward_weights reward_kwargs env "
+    "run_name "
     "output_dir max_completion_length temperature top_p top_k use_vllm num_generations per_device_train_batch_size "
-    "gradient_accumulation_steps steps_per_generation num_iterations importance_sampling_level loss_type epsilon epsilon_high beta "
+    "gradient_accumulation_steps steps_per_generation num_iterations importance_sampling_level loss_type epsilon "
+    "epsilon_high beta "
     "learning_rate lr_scheduler_type warmup_steps max_steps num_train_epochs"
 ).split()
 
 
 def to_yaml(migration: Migration, source: str, target: str = "CONFIG.yaml") -> str:
     """
-    A migration as YAML for `scripts/train.py`: each option under the remarks on it, then those that stand as they stood,
-    then what was dropped, and what was not understood.
+    A migration as YAML for `scripts/train.py`: each option under the remarks on it, then those that stand as they
+    stood, then what was dropped, and what was not understood.
 
     Args:
         migration (`Migration`): what [`migrate_config`] returned.
