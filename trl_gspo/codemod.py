@@ -10,20 +10,9 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from .migration import (
-    _FOREIGN_LOSS_FIELDS,
-    _LONG_COMPLETION,
-    _REFUSED_LOSS_TYPES,
-    EPSILON_HIGH,
-    EPSILON_LOW,
-    LEVELS,
-    LOSS_TYPES,
-    MINIBATCHES,
-    SMALL_KL,
-    MigrationError,
-    gspo_name,
-    is_token_level,
-)
+from .config import _FOREIGN_LOSS_FIELDS, _LONG_COMPLETION, _LOSS_TYPES, _REFUSED_LOSS_TYPES
+from .migration import MINIBATCHES, SMALL_KL, MigrationError, gspo_name, is_token_level
+from .objective import EPSILON_HIGH, EPSILON_LOW, LEVELS
 
 
 try:
@@ -628,7 +617,7 @@ def decide(given: dict[str, Any]) -> tuple[dict[str, str], dict[str, str], dict[
         removed["importance_sampling_level"] = "`sequence` is the default."
     loss = literal("loss_type", "dapo")
     if "loss_type" in given and loss is not _UNKNOWN:
-        if loss not in LOSS_TYPES:
+        if loss not in _LOSS_TYPES:
             removed["loss_type"] = f"it {_REFUSED_LOSS_TYPES.get(loss, 'is not known')}; `grpo` is the default."
         elif loss == "luspo":
             kept["loss_type"] = "it weights each sequence by its length on purpose."

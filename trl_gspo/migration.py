@@ -20,7 +20,6 @@ import yaml
 from trl import ModelConfig
 
 from .config import _FOREIGN_LOSS_FIELDS, _LONG_COMPLETION, _REFUSED_LOSS_TYPES, _WIDE_EPSILON, GSPOConfig
-from .config import _LOSS_TYPES as LOSS_TYPES
 from .config import MINIBATCHES_PER_ROLLOUT as MINIBATCHES
 from .health import HealthBounds
 from .migration_tables import (
@@ -44,6 +43,9 @@ from .objective import EPSILON_HIGH, EPSILON_LOW, LEVELS
 # Below this a KL coefficient becomes 0: the rule of the conversion helper in stateset-agents' guide. GSPO's objective
 # (equation 5) is stated without the term.
 SMALL_KL = 0.05
+
+_TOKEN_LEVEL = "A clip range for single tokens, which never clips the ratio of a whole completion. "
+_PAPER_STEPS = f"{MINIBATCHES} x gradient_accumulation_steps (paper, section 5.1)."
 
 # Where the source packs a micro-batch by tokens, it names no number of completions for one.
 _MICRO_BATCH = 8
@@ -122,6 +124,16 @@ class Migration:
         source, value = self._facts[name]
         return f"{source}: {_short(value)}"
 
+    def drops(self, name: str, why: str) -> None:
+        """Drops a fact, if the source has it."""
+        if name in self._facts:
+            self.dropped.append(f"{self.source(name)}. {why}")
+
+    def asks(self, name: str, why: str) -> None:
+        """Drops a fact that a person has to decide on."""
+        self.questions.append(f"`{self.source(name)}`: {why}")
+        self.drops(name, why)
+
 
 def is_token_level(epsilon: float, is_sequence: bool, length: float) -> bool:
     """
@@ -172,7 +184,8 @@ def read_command(text: str) -> dict[str, Any]:
     The options of a command line, or of the last command of a shell script that has any, as a mapping.
 
     Understood are `--name value`, `--name=value`, `--flag`, Hydra's `section.name=value`, and variables that the
-    script itself sets, with `${NAME}`, `${NAME:-default}` and `$((...))`. A variable from elsewhere stays as it is written.
+    script itself sets, with `${NAME}`, `${NAME:-default}` and `$((...))`. A variable from elsewhere stays as it is
+    written.
 
     Raises:
         MigrationError: if there is no option in it, or a quote is not closed.
@@ -402,7 +415,8 @@ def migrate_config(
     result = Migration(system)
     for name, value in (_flat(config) if system == "verl" else config).items():
         _take(result, name, value)
-    _expand_facts(result)
+    for step in (_rewards, _data, _model, _optimizer, _loss, _engine):
+        step(result)
     for option, value in DEFAULTS.get(system, {}).items():
         if option not in result.values and _is_default_wanted(result, option):
             result.set(option, value, f"Not in the source, whose default it is: {_short(value)}.")
@@ -455,18 +469,8 @@ def _take(result: Migration, name: str, value: Any) -> None:
         result.set(row.to, converted, "" if plain else f"{name}: {_short(value)}. {row.why}".strip())
 
 
-def _expand_facts(result: Migration) -> None:
-    """What the tables cannot say in one row."""
+def _rewards(result: Migration) -> None:
     fact, source, values = result.fact, result.source, result.values
-
-    def asks(name: str, why: str) -> None:
-        result.questions.append(f"`{source(name)}`: {why}")
-        result.dropped.append(f"{source(name)}. {why}")
-
-    def drops(name: str, why: str) -> None:
-        if fact(name) is not None:
-            result.dropped.append(f"{source(name)}. {why}")
-
     if fact("reward_model") is not None:
         models = fact("reward_model")
         models = models if isinstance(models, list) else [models]
@@ -491,7 +495,7 @@ def _expand_facts(result: Migration) -> None:
                 f"{source('reward_funcs')}. TRL's names of the same rewards.",
             )
         else:
-            drops("reward_funcs", "Plugins: name them as package.module.function.")
+            result.drops("reward_funcs", "Plugins: name them as package.module.function.")
     soft = {"soft_punish_cache": fact("soft_cache_length"), "max_completion_len": fact("soft_max_length")}
     soft = {name: value for name, value in soft.items() if value is not None}
     if soft:
@@ -501,9 +505,11 @@ def _expand_facts(result: Migration) -> None:
             result.set("reward_kwargs", {"get_soft_overlong_punishment": soft}, " and ".join(map(source, used)) + ".")
         else:
             for name in used:
-                drops(name, "soft_overlong is not among the rewards.")
+                result.drops(name, "soft_overlong is not among the rewards.")
 
-    # Data.
+
+def _data(result: Migration) -> None:
+    fact, source, values = result.fact, result.source, result.values
     if fact("datasets") is not None:
         mixture = fact("datasets")
         one = mixture[0] if isinstance(mixture, list) and len(mixture) == 1 and isinstance(mixture[0], dict) else None
@@ -513,7 +519,7 @@ def _expand_facts(result: Migration) -> None:
             for key, value in one.items():
                 result.set(known[key], value, f"datasets: {key}: {_short(value)}.")
         else:
-            drops("datasets", "One data set is read: make the mixture a file of its own.")
+            result.drops("datasets", "One data set is read: make the mixture a file of its own.")
     for name, option in (
         ("train_files", "dataset_name"),
         ("val_files", "eval_dataset_name"),
@@ -524,11 +530,11 @@ def _expand_facts(result: Migration) -> None:
             continue
         files = _list(fact(name))
         if len(files) != 1 or not isinstance(files[0], str):
-            asks(name, f"`{option}` takes one file, folder or hub id.")
+            result.asks(name, f"`{option}` takes one file, folder or hub id.")
             continue
         path, _, count = files[0].partition("#")
         if name == "val_files" and _number("", fact("test_freq") or -1) <= 0:
-            drops(name, "`trainer.test_freq` does not ask for evaluation.")
+            result.drops(name, "`trainer.test_freq` does not ask for evaluation.")
             continue
         result.set(option, path, f"{source(name)}.")
         if count and name == "dataset":
@@ -545,7 +551,7 @@ def _expand_facts(result: Migration) -> None:
                 if new == theirs:
                     result.set(ours, old, f"{source('columns')}.")
         if not columns:
-            asks("columns", "`prompt_column` and `solution_column` name the columns.")
+            result.asks("columns", "`prompt_column` and `solution_column` name the columns.")
     if fact("own_data") is not None:
         ours = OWN_DATA.get(fact("own_data"))
         if ours:
@@ -554,7 +560,7 @@ def _expand_facts(result: Migration) -> None:
         elif ours is None:
             result.set("dataset_name", fact("own_data"), f"{source('own_data')}.")
         else:
-            asks(
+            result.asks(
                 "own_data",
                 "Its rows are made by its own code: write them to a file, with the columns prompt and solution, "
                 "and set `dataset_name`.",
@@ -569,22 +575,26 @@ def _expand_facts(result: Migration) -> None:
                 "dataset_test_split", f"test[:{_whole(result, 'eval_examples')}]", f"{source('eval_examples')}."
             )
         else:
-            drops("eval_examples", "There is nothing to evaluate on: set `eval_dataset_name` and `eval_strategy`.")
+            result.drops(
+                "eval_examples", "There is nothing to evaluate on: set `eval_dataset_name` and `eval_strategy`."
+            )
     if fact("eval_steps") is not None:
         if wants_eval:
             result.set("eval_strategy", "steps", f"{source('eval_steps')}.")
             result.set("eval_steps", _whole(result, "eval_steps"), f"{source('eval_steps')}.")
         else:
-            drops(
+            result.drops(
                 "eval_steps",
                 "There is nothing to evaluate on: set `eval_dataset_name`, `eval_strategy` and `eval_steps`.",
             )
 
-    # Model.
+
+def _model(result: Migration) -> None:
+    fact, source, values = result.fact, result.source, result.values
     if fact("tuner") is not None:
         kind = fact("tuner")
         if kind not in ("lora", "full"):
-            asks("tuner", "TRL's script knows LoRA and full fine-tuning; full it is here.")
+            result.asks("tuner", "TRL's script knows LoRA and full fine-tuning; full it is here.")
         result.set("use_peft", kind == "lora", f"{source('tuner')}.")
     if fact("lora_rank") is not None:
         rank = _whole(result, "lora_rank", least=0)
@@ -597,9 +607,9 @@ def _expand_facts(result: Migration) -> None:
             words = source("quant_method") + (f", {source('quant_bits')}" if fact("quant_bits") is not None else "")
             result.set(f"load_in_{bits}bit", True, f"{words}.")
         else:
-            asks("quant_method", "TRL quantizes with bitsandbytes alone, to 4 or 8 bits.")
+            result.asks("quant_method", "TRL quantizes with bitsandbytes alone, to 4 or 8 bits.")
     elif fact("quant_bits") is not None:
-        drops("quant_bits", "Without `quant_method` nothing is quantized.")
+        result.drops("quant_bits", "Without `quant_method` nothing is quantized.")
     if values.get("load_in_8bit") and values.get("load_in_4bit"):
         values.pop("load_in_4bit")
         result.dropped.append("use_4bit: true. 8 bits were asked for too, which win there.")
@@ -613,11 +623,13 @@ def _expand_facts(result: Migration) -> None:
         elif isinstance(choice, dict) or str(choice).endswith(".json"):
             result.set("deepspeed", choice)
         else:
-            asks("deepspeed", "A JSON file of DeepSpeed's is wanted; configs/deepspeed/zero3.json is there.")
+            result.asks("deepspeed", "A JSON file of DeepSpeed's is wanted; configs/deepspeed/zero3.json is there.")
     if fact("adam8bit"):
         result.set("optim", "adamw_bnb_8bit", f"{source('adam8bit')}.")
 
-    # Optimizer.
+
+def _optimizer(result: Migration) -> None:
+    fact, source = result.fact, result.source
     if fact("betas") is not None:
         pair = _list(fact("betas"))
         if len(pair) != 2:
@@ -628,7 +640,7 @@ def _expand_facts(result: Migration) -> None:
         kind = {"constant": "constant_with_warmup"}.get(fact("schedule"), fact("schedule"))
         result.set("lr_scheduler_type", kind, f"{source('schedule')}.")
     if fact("warmup_steps") is not None and _number("", fact("warmup_steps")) <= 0:
-        drops("warmup_steps", "Not set there.")
+        result.drops("warmup_steps", "Not set there.")
         result._facts.pop("warmup_steps")
     if fact("warmup_ratio") is not None and "warmup_steps" not in result._facts:
         result.set(
@@ -637,27 +649,29 @@ def _expand_facts(result: Migration) -> None:
             f"{source('warmup_ratio')}. A share of all steps.",
         )
     else:
-        drops("warmup_ratio", "`lr_warmup_steps` wins.")
+        result.drops("warmup_ratio", "`lr_warmup_steps` wins.")
 
-    # Objective.
+
+def _loss(result: Migration) -> None:
+    fact, source, values = result.fact, result.source, result.values
     if fact("clip_ratio") is not None:
         for option in ("epsilon", "epsilon_high"):
             if option not in values:
                 result.set(option, fact("clip_ratio"), f"{source('clip_ratio')}.")
-        if len(values) and "epsilon" in values and values["epsilon"] != fact("clip_ratio"):
-            drops("clip_ratio", "clip_ratio_low and clip_ratio_high win.")
+        if values["epsilon"] != fact("clip_ratio"):
+            result.drops("clip_ratio", "clip_ratio_low and clip_ratio_high win.")
     if fact("use_gspo_token"):
         result.set("importance_sampling_level", "sequence_token", f"{source('use_gspo_token')}.")
     elif result.system in ("stateset", "standalone") and fact("use_gspo_token") is not None:
-        drops("use_gspo_token", "`importance_sampling_level: sequence` is the default.")
+        result.drops("use_gspo_token", "`importance_sampling_level: sequence` is the default.")
     if fact("rescore") is False:
-        asks(
+        result.asks(
             "rescore",
             "`use_rollout_logps: true` does it, with `use_vllm: true` and `vllm_importance_sampling_correction: "
             "false`.",
         )
     else:
-        drops("rescore", "Old log-probabilities are always scored here.")
+        result.drops("rescore", "Old log-probabilities are always scored here.")
     mode = fact("loss_mode")
     if mode == "gspo":
         result.set(
@@ -666,7 +680,7 @@ def _expand_facts(result: Migration) -> None:
             f"{source('loss_mode')}. One advantage a completion: its gradient is that of `sequence`.",
         )
     elif mode is not None:
-        drops(
+        result.drops(
             "loss_mode",
             f"{'The loss of GRPO' if mode == 'vanilla' else 'Another loss'}; GSPO's is `importance_sampling_level: "
             "sequence`.",
@@ -687,14 +701,14 @@ def _expand_facts(result: Migration) -> None:
             f"{source('use_kl_loss')}" + (f", {source('kl_loss_coef')}." if fact("kl_loss_coef") is not None else "."),
         )
     else:
-        drops("use_kl_loss", "`beta` is 0.")
-        drops("kl_loss_coef", "Not used without `use_kl_loss`.")
+        result.drops("use_kl_loss", "`beta` is 0.")
+        result.drops("kl_loss_coef", "Not used without `use_kl_loss`.")
     if fact("kl_in_reward"):
-        asks("kl_in_reward", "TRL has the KL term in the loss alone: `beta`.")
-        drops("kl_ctrl", "Of the KL term in the reward.")
+        result.asks("kl_in_reward", "TRL has the KL term in the loss alone: `beta`.")
+        result.drops("kl_ctrl", "Of the KL term in the reward.")
     else:
-        drops("kl_in_reward", "TRL has the KL term in the loss alone.")
-        drops("kl_ctrl", "Not used without `use_kl_in_reward`.")
+        result.drops("kl_in_reward", "TRL has the KL term in the loss alone.")
+        result.drops("kl_ctrl", "Not used without `use_kl_in_reward`.")
     if fact("use_reference_model") is not None:
         if not fact("use_reference_model") and _number("beta", values.get("beta", 0)) > 0:
             was = values.pop("beta")
@@ -706,7 +720,7 @@ def _expand_facts(result: Migration) -> None:
                 "was off.",
             )
         else:
-            drops("use_reference_model", "TRL loads the reference model if `beta` > 0.")
+            result.drops("use_reference_model", "TRL loads the reference model if `beta` > 0.")
     if fact("entropy"):
         if "entropy_coef" in known_options():
             result.set(
@@ -715,22 +729,24 @@ def _expand_facts(result: Migration) -> None:
                 f"{source('entropy')}. Not GSPO's, kept; every row then goes through the model.",
             )
         else:
-            asks("entropy", "This TRL has no entropy bonus.")
+            result.asks("entropy", "This TRL has no entropy bonus.")
     elif fact("entropy") is not None:
-        drops("entropy", "The default.")
+        result.drops("entropy", "The default.")
     if fact("adv_estimator") not in (None, "grpo"):
-        asks("adv_estimator", "GSPO's advantages are the rewards, normalised in their group.")
+        result.asks("adv_estimator", "GSPO's advantages are the rewards, normalised in their group.")
     else:
-        drops("adv_estimator", "What GSPO does.")
+        result.drops("adv_estimator", "What GSPO does.")
     if fact("baseline") not in (None, "group_mean"):
-        asks("baseline", "GSPO's baseline is the mean of the group.")
+        result.asks("baseline", "GSPO's baseline is the mean of the group.")
     else:
-        drops("baseline", "What GSPO does.")
+        result.drops("baseline", "What GSPO does.")
     if fact("rlhf_type") not in (None, "grpo"):
         raise MigrationError(f"`{source('rlhf_type')}` is not GRPO: there is nothing to migrate.")
-    drops("rlhf_type", "What `scripts/train.py` does.")
+    result.drops("rlhf_type", "What `scripts/train.py` does.")
 
-    # Engine and logging.
+
+def _engine(result: Migration) -> None:
+    fact, source = result.fact, result.source
     if fact("engine") is not None:
         result.set(
             "use_vllm",
@@ -744,7 +760,7 @@ def _expand_facts(result: Migration) -> None:
             if name in ("wandb", "tensorboard", "swanlab", "mlflow", "clearml", "trackio")
         ]
         result.set("report_to", known or "none", f"{source('loggers')}.")
-    drops("dynamic", VERL[ACTOR + "use_dynamic_bsz"].why)
+    result.drops("dynamic", VERL[ACTOR + "use_dynamic_bsz"].why)
 
 
 def _is_default_wanted(result: Migration, option: str) -> bool:
@@ -762,13 +778,7 @@ def _objective(result: Migration) -> None:
     level = values.get("importance_sampling_level")
     is_sequence = level in LEVELS or (level is None and result.system in ("stateset", "standalone"))
     if level not in LEVELS:
-        why = (
-            "TRL's default is `token`, which is GRPO."
-            if level is None
-            else ""
-            if level == "token"
-            else "Not known here."
-        )
+        why = "The source's default is `token`, which is GRPO." if level is None and not is_sequence else ""
         result.set(
             "importance_sampling_level", "sequence", f"{why} The unit of GSPO's ratio (paper, equation 7).".strip()
         )
@@ -778,11 +788,7 @@ def _objective(result: Migration) -> None:
     paper = {"epsilon": EPSILON_LOW, "epsilon_high": EPSILON_HIGH}
     if any(is_token_level(value, is_sequence, length) for value in chosen.values()):
         for name in paper:
-            was = (
-                "A clip range for single tokens, which never clips the ratio of a whole completion. "
-                if name in chosen
-                else ""
-            )
+            was = _TOKEN_LEVEL if name in chosen else ""
             result.set(name, paper[name], f"{was}The paper's (section 5.1) in its place.")
     elif not chosen:
         for name in paper:
@@ -828,25 +834,18 @@ def _objective(result: Migration) -> None:
             "model.",
         )
     elif "beta" in values:
-        values["beta"] = 0.0
+        result.set("beta", 0.0, f"beta: {_short(values['beta'])} is none." if beta else "")
 
     loss = values.get("loss_type")
     loss = loss[0] if isinstance(loss, list) and len(loss) == 1 else loss
     if loss == "luspo":
         remarks["loss_type"].append("Kept: it weights each sequence by its length on purpose.")
     elif loss != "grpo":
-        reason = _REFUSED_LOSS_TYPES.get(loss) if isinstance(loss, str) else None
-        was = (
-            f"{loss} {reason}."
-            if reason
-            else "TRL's default is dapo, which weights each sequence by its length."
-            if loss is None and result.system == "trl"
-            else ""
-            if loss is None
-            else f"{_short(loss)} is not known here."
-        )
+        was = "TRL's default is dapo, which weights each sequence by its length." if result.system == "trl" else ""
+        if loss is not None:
+            reason = _REFUSED_LOSS_TYPES.get(loss) if isinstance(loss, str) else None
+            was = f"loss_type: {_short(loss)} {reason or 'is not known here'}."
         result.set("loss_type", "grpo", f"{was} Each sequence counts the same (paper, equation 5).".strip())
-    assert values["loss_type"] in LOSS_TYPES or loss == "grpo"
     for name in _FOREIGN_LOSS_FIELDS:
         if name in values:
             result.drop(name, values.pop(name), f"Only `loss_type: {name.split('_')[0]}` reads it.")
@@ -907,32 +906,20 @@ def _vllm(result: Migration) -> None:
 
 def _batch(result: Migration, num_processes: int | None) -> None:
     values = result.values
-    group = int(
-        _number("num_generations", values.get("num_generations", 8 if result.system in ("trl", "ms-swift") else 16))
-    )
+    # Of stateset-agents, `TrainingConfig` has 16 and its `GSPOConfig`, which names the sides of its clip range, 4.
+    default = {"verl": 1, "stateset": 4 if _is_stateset_gspo(result) else 16}.get(result.system, 8)
+    group = int(_number("num_generations", values.get("num_generations", default)))
     if result.system == "stateset" and "num_generations" not in values:
-        group = (
-            4
-            if result.fact("prompts_per_rollout") is not None
-            or {"clip_range_left", "clip_range_right"} & _sources(result)
-            else 16
-        )
         result.set("num_generations", group, f"Not in the source, whose default it is: {group}.")
-    if result.system == "verl" and "num_generations" not in values:
-        group = 1
     if group < 2:
         result.questions.append(f"{group} completion a prompt makes no group: `num_generations` is set to 8.")
         group = 8
         result.set("num_generations", group, "GSPO needs two completions a prompt at least.")
-    values.setdefault("num_generations", group)
     values["num_generations"] = group
     iterations = int(_number("num_iterations", values.get("num_iterations", 1)))
-    told = (
-        _whole(result, "gpus", 1) * _whole(result, "nodes", 1) if result.fact("gpus") or result.fact("nodes") else None
-    )
-    if result.system == "verl" and told is None:
-        told = 8
-    processes = num_processes or told or 1
+    # verl's defaults are one node of 8.
+    told = _whole(result, "gpus", 8 if result.system == "verl" else 1) * _whole(result, "nodes", 1)
+    processes = num_processes or told
     for name in ("gpus", "nodes"):
         if result.fact(name) is not None:
             result.dropped.append(
@@ -945,27 +932,20 @@ def _batch(result: Migration, num_processes: int | None) -> None:
 
     micro, accumulation = values["per_device_train_batch_size"], values["gradient_accumulation_steps"]
     steps = values["steps_per_generation"]
-    while micro * steps * processes % group:
-        steps += accumulation
-        if steps > values["steps_per_generation"] + accumulation * group:
-            # Whole groups cannot be had in multiples of the optimizer step: the micro-batch takes one.
-            micro, steps = group, values["steps_per_generation"]
-            result.set(
-                "per_device_train_batch_size", micro, f"Raised to {group}, so that a rollout holds whole groups."
-            )
-    if steps != values["steps_per_generation"]:
+    count = "1 process" if processes == 1 else f"{processes} processes"
+    whole = group // math.gcd(micro * processes, group)
+    whole = whole if steps % accumulation else math.lcm(whole, accumulation)
+    if steps % whole:
+        steps = whole * math.ceil(steps / whole)
         result.set(
             "steps_per_generation",
             steps,
-            f"Raised to {steps}, so that {processes} {'process' if processes == 1 else 'processes'} x {micro} x "
-            f"{steps} completions are whole groups of {group}.",
+            f"Raised to {steps}, so that {count} x {micro} x {steps} completions are whole groups of {group}.",
         )
     rollout, step = micro * steps * processes, micro * accumulation * processes
     result.batch = (
-        f"{micro} completions in a micro-batch x {accumulation} x {processes} "
-        f"{'process' if processes == 1 else 'processes'} = {step} completions "
-        f"to an optimizer step; {micro} x {steps} x {processes} = {rollout} completions, {rollout // group} "
-        "prompts, to a rollout."
+        f"An optimizer step: {micro} completions in a micro-batch x {accumulation} x {count} = {step}. A rollout: {micro} "
+        f"x {steps} x {count} = {rollout} completions, {rollout // group} prompts."
     )
     minibatches = max(steps * iterations // accumulation, 1)
     for name, option in (
@@ -1003,8 +983,9 @@ def _batch(result: Migration, num_processes: int | None) -> None:
             result.dropped.append(f"{result.source('eval_on_start')}. The default, or there is no evaluation.")
 
 
-def _sources(result: Migration) -> set[str]:
-    return {remark.split(":")[0] for remarks in result.remarks.values() for remark in remarks}
+def _is_stateset_gspo(result: Migration) -> bool:
+    names = {remark.split(":")[0] for remarks in result.remarks.values() for remark in remarks}
+    return result.fact("prompts_per_rollout") is not None or bool({"clip_range_left", "clip_range_right"} & names)
 
 
 def _batch_of_trl(result: Migration, group: int, processes: int, iterations: int) -> None:
@@ -1068,7 +1049,7 @@ def _batch_of_trl(result: Migration, group: int, processes: int, iterations: int
             "steps_per_generation",
             paper,
             "Not in the source, which takes one optimizer step from each rollout: the ratio is then exactly 1. "
-            f"{MINIBATCHES} x gradient_accumulation_steps (paper, section 5.1).",
+            f"{_PAPER_STEPS}",
         )
         return
     steps = _whole(result, name)
@@ -1093,7 +1074,7 @@ def _batch_of_trl(result: Migration, group: int, processes: int, iterations: int
             "steps_per_generation",
             paper,
             f"{words} With gradient_accumulation_steps: {accumulation} that is one optimizer step a rollout, and "
-            f"the ratio exactly 1. {MINIBATCHES} x gradient_accumulation_steps (paper, section 5.1).",
+            f"the ratio exactly 1. {_PAPER_STEPS}",
         )
     else:
         result.set(
@@ -1114,10 +1095,8 @@ def _batch_of_verl(result: Migration, group: int, processes: int, iterations: in
         limit = max(_whole(result, "completions_of_all") // processes, 1)
         words = f"{result.source('completions_of_all')}, over {processes} processes."
     else:
-        limit, words = (
-            _MICRO_BATCH,
-            f"Not in the source. At most {_MICRO_BATCH} here; raise or lower it with the memory.",
-        )
+        limit = _MICRO_BATCH
+        words = f"Not in the source. At most {_MICRO_BATCH} here; raise or lower it with the memory."
     if result.fact("completions_per_micro_batch") is not None and result.fact("completions_of_all") is not None:
         result.dropped.append(f"{result.source('completions_of_all')}. ppo_micro_batch_size_per_gpu wins.")
     micro, accumulation = _split(step * group, processes, limit)
@@ -1215,15 +1194,9 @@ def gspo_name(name: str) -> str:
     if re.search("gspo", name, re.IGNORECASE):
         return name
     stripped = name.rstrip("/")
-    return (
-        f"{name}gspo"
-        if name.endswith("/") and PurePosixPath(stripped).name in ("", "..")
-        else "gspo"
-        if stripped in ("", ".")
-        else f"{stripped}/gspo"
-        if stripped.endswith("..")
-        else f"{stripped}-gspo"
-    )
+    if PurePosixPath(stripped).name in ("", ".."):
+        return f"{stripped}/gspo" if name else "gspo"
+    return f"{stripped}-gspo"
 
 
 def _names(result: Migration) -> None:
