@@ -127,10 +127,10 @@ def check(text: str) -> str | None:
 
     from trl_gspo import migration
 
-    gaps = {"dataset_name": "d", "reward_funcs": "r", "model_name_or_path": "m"}
+    fields = migration.read_config(text)
+    gaps = {name: "x" for name in migration.REQUIRED if name not in fields}
     machine = {"use_cpu": "true", "bf16": "false", "fp16": "false", "tf32": "false"}
     options = [part for name, value in (gaps | machine).items() for part in (f"--{name}", value)]
-    fields = migration.read_config(text)
     # DeepSpeed's file is looked for at once, and the environment is the run's.
     for name in ("deepspeed", "env", "output_dir"):
         fields.pop(name, None)

@@ -176,7 +176,17 @@ def read_config(text: str) -> dict[str, Any]:
         )
     if {"cells", "nbformat"} <= set(loaded):
         raise MigrationError("it is a notebook: export it with `jupyter nbconvert --to script`, and migrate that")
-    return loaded
+    return _numbers(loaded)
+
+
+def _numbers(value: Any) -> Any:
+    """YAML reads 1e-6, without a dot, as a string, and JSON's own readers as a number."""
+    if isinstance(value, dict):
+        return {name: _numbers(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_numbers(inner) for inner in value]
+    is_number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value)
+    return float(value) if is_number else value
 
 
 def read_command(text: str) -> dict[str, Any]:
@@ -206,12 +216,24 @@ def read_command(text: str) -> dict[str, Any]:
             leading += 1
         assigned = dict(word.split("=", 1) for word in words[:leading])
         variables |= {name: _expand(value, variables) for name, value in assigned.items()}
-        options = _options([_expand(word, variables) for word in _split_lists(words[leading:], variables)])
+        launcher, rest = _launcher(words[leading:])
+        options = _options([_expand(word, variables) for word in _split_lists(rest, variables)])
         if options:
-            found = {name: _scalar(value) for name, value in assigned.items() if name in SWIFT} | options
+            processes = {"num_processes": _scalar(_expand(launcher, variables))} if launcher else {}
+            found = {name: _scalar(value) for name, value in assigned.items() if name in SWIFT} | processes | options
     if not found:
         raise MigrationError("there is no option such as --name value or section.name=value in it")
     return found
+
+
+def _launcher(words: list[str]) -> tuple[str, list[str]]:
+    """The number of processes that a launcher starts, and what stands behind the script that it starts."""
+    scripts = [index for index, word in enumerate(words) if word.endswith(".py")]
+    if not scripts:
+        return "", words
+    options = " ".join(words[: scripts[0]])
+    match = re.search(r"--(?:num_processes|nproc[_-]per[_-]node)[ =](\S+)", options)
+    return match[1] if match else "", words[scripts[0] + 1 :]
 
 
 def _logical_lines(text: str) -> list[str]:
@@ -311,7 +333,8 @@ def detect(config: Mapping[str, Any]) -> str:
     The system that a configuration is for, by its fields.
 
     Returns:
-        `str`: one of [`SYSTEMS`]: the one that knows more of the fields than any other.
+        `str`: one of [`SYSTEMS`]: the one that knows more of the fields than any other, and, unless it is TRL, at
+        least one that no other knows.
 
     Raises:
         MigrationError: if two know equally many, or none knows half of them. The message names the options.
@@ -320,19 +343,23 @@ def detect(config: Mapping[str, Any]) -> str:
     if len(told) == 1:
         return told.pop()
     names = [name for name in _flat(config) if name != "env"]
-    scores = {system: sum(_row(system, name) is not None for name in names) for system in SYSTEMS}
-    best = max(scores.values(), default=0)
-    leaders = [system for system, score in scores.items() if score == best]
-    if 2 * best < len(names) or not names:
+    known = {system: [name for name in names if _row(system, name) is not None] for system in SYSTEMS}
+    # TRL's names are understood by all that are built on it: another system has to have one of its own besides.
+    for system in set(SYSTEMS) - {"trl"}:
+        others = {name for other in SYSTEMS if other != system for name in known[other]}
+        if not set(known[system]) - others:
+            known[system] = []
+    best = max(map(len, known.values()))
+    leaders = [system for system in SYSTEMS if len(known[system]) == best]
+    if not names or 2 * best < len(names):
         raise MigrationError(
             f"no system is known by these fields: {_listed(names)}. Known are {', '.join(SYSTEMS)}; give --from "
-            "SYSTEM "
-            "if it is one of them."
+            "SYSTEM if it is one of them"
         )
     if len(leaders) > 1:
         raise MigrationError(
             f"its fields fit {' and '.join(leaders)} equally well: {_listed(names)}. Give --from "
-            f"{' or --from '.join(leaders)}."
+            f"{' or --from '.join(leaders)}"
         )
     return leaders[0]
 
@@ -444,7 +471,7 @@ def _take(result: Migration, name: str, value: Any) -> None:
         if re.search(r"\$\{[^}]*[.:]", value):
             result.drop(name, value, "A reference of Hydra to another field.")
         else:
-            result.questions.append(f"`{name}: {value}` holds a variable that is not set here: {row.to or row.why}")
+            result.questions.append(f"`{name}: {value}` holds a variable that is not set here: write its value.")
             result.drop(name, value, "Its variable is not set here.")
         return
     if row.asks:
@@ -471,6 +498,8 @@ def _take(result: Migration, name: str, value: Any) -> None:
 
 def _rewards(result: Migration) -> None:
     fact, source, values = result.fact, result.source, result.values
+    if isinstance(values.get("reward_funcs"), str):
+        values["reward_funcs"] = [values["reward_funcs"]]
     if fact("reward_model") is not None:
         models = fact("reward_model")
         models = models if isinstance(models, list) else [models]
@@ -655,10 +684,10 @@ def _optimizer(result: Migration) -> None:
 def _loss(result: Migration) -> None:
     fact, source, values = result.fact, result.source, result.values
     if fact("clip_ratio") is not None:
-        for option in ("epsilon", "epsilon_high"):
-            if option not in values:
-                result.set(option, fact("clip_ratio"), f"{source('clip_ratio')}.")
-        if values["epsilon"] != fact("clip_ratio"):
+        sides = [option for option in ("epsilon", "epsilon_high") if option not in values]
+        for option in sides:
+            result.set(option, fact("clip_ratio"), f"{source('clip_ratio')}.")
+        if not sides:
             result.drops("clip_ratio", "clip_ratio_low and clip_ratio_high win.")
     if fact("use_gspo_token"):
         result.set("importance_sampling_level", "sequence_token", f"{source('use_gspo_token')}.")
@@ -944,8 +973,8 @@ def _batch(result: Migration, num_processes: int | None) -> None:
         )
     rollout, step = micro * steps * processes, micro * accumulation * processes
     result.batch = (
-        f"An optimizer step: {micro} completions in a micro-batch x {accumulation} x {count} = {step}. A rollout: {micro} "
-        f"x {steps} x {count} = {rollout} completions, {rollout // group} prompts."
+        f"An optimizer step: {micro} completions in a micro-batch x {accumulation} x {count} = {step}. A rollout: "
+        f"{micro} x {steps} x {count} = {rollout} completions, {rollout // group} prompts."
     )
     minibatches = max(steps * iterations // accumulation, 1)
     for name, option in (

@@ -53,6 +53,13 @@ TRL = {
     "logging_dir": Row(None, "transformers 5 takes it from the environment: TENSORBOARD_LOGGING_DIR."),
     "use_vespo": Row(None, _REMOVED_FROM_TRL),
     "datasets": Row("@datasets", "One data set becomes `dataset_name`; a mixture has to be made before.", None, True),
+    "num_processes": Row("@gpus", "Of the launcher; the batch is divided by them."),
+    "model_name": Row("model_name_or_path", "In TRL's example for NeMo Gym."),
+    "dataset_path": Row("dataset_name", "In TRL's example for NeMo Gym."),
+    "eval_dataset_path": Row("eval_dataset_name", "In TRL's example for NeMo Gym."),
+    "project_name": Row(
+        "@env WANDB_PROJECT", "In TRL's example for NeMo Gym; Weights & Biases reads the environment."
+    ),
     "streaming": Row("dataset_streaming", "Of a mixture; the option for one data set."),
     "test_split_size": Row(
         None, "Slices do it: `dataset_train_split: train[100:]`, `dataset_test_split: train[:100]`."
@@ -132,6 +139,7 @@ OWN_DATA = {
 }
 
 STANDALONE = {
+    "num_processes": TRL["num_processes"],
     "model_name": Row("model_name_or_path"),
     "left_clip_range": Row("epsilon"),
     "right_clip_range": Row("epsilon_high"),
