@@ -39,12 +39,18 @@ def parser() -> argparse.ArgumentParser:
         "--write", action="store_true", help="apply the diff, or write NAME_gspo.yaml beside a configuration"
     )
     result.add_argument("--output", type=Path, help="where to write the configuration")
+    result.add_argument(
+        "--docs", type=Path, help="write the tables of fields into docs/migration.md, and nothing else"
+    )
     result.add_argument("--overwrite", action="store_true", help="whether a configuration may replace a file")
     return result
 
 
 def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
+    if args.docs is not None:
+        write_tables(args.docs)
+        return 0
     where = "--command" if args.command else str(args.path)
     try:
         if (args.path is None) == (args.command is None):
@@ -119,6 +125,18 @@ def migrate_config(args: argparse.Namespace) -> int:
         print("\nFor you to decide:", file=sys.stderr)
         print(*(f"  {point}" for point in points), sep="\n", file=sys.stderr)
     return 1 if points else 0
+
+
+def write_tables(path: Path) -> None:
+    """The tables of fields, between their marks in the guide."""
+    from trl_gspo import migration
+
+    text = path.read_text()
+    for system in migration.SYSTEMS:
+        begin = f"<!-- table: {system} -->\n"
+        head, rest = text.split(begin)
+        text = f"{head}{begin}{migration.table(system)}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
+    path.write_text(text)
 
 
 def check(text: str) -> str | None:
