@@ -40,7 +40,7 @@ def swapped(before):
             "from trl import A, B  # trl\nfrom trl_gspo import GSPOTrainer\nGSPOTrainer()\n",
         ),
         (
-            "from trl import (\n    A,  # a\n    # of the trainer\n    GRPOConfig,  # c\n    GRPOTrainer\n)\nx: GRPOConfig\n",
+            "from trl import (\n    A,  # a\n    # of it\n    GRPOConfig,  # c\n    GRPOTrainer\n)\nx: GRPOConfig\n",
             "from trl import (\n    A,  # a\n)\n# c\nfrom trl_gspo import GSPOConfig, GSPOTrainer\nx: GSPOConfig\n",
         ),
         (
@@ -54,7 +54,8 @@ def swapped(before):
             "from trl_gspo import GSPOTrainer\nGSPOTrainer.train\n",
         ),
         (
-            "from trl.trainer.grpo_trainer import GRPOTrainer\nfrom trl.trainer.grpo_config import GRPOConfig\nGRPOTrainer()\n",
+            "from trl.trainer.grpo_trainer import GRPOTrainer\n"
+            "from trl.trainer.grpo_config import GRPOConfig\nGRPOTrainer()\n",
             "from trl_gspo import GSPOTrainer\nfrom trl_gspo import GSPOConfig\nGSPOTrainer()\n",
         ),
         # A module goes if nothing else uses it.
@@ -88,8 +89,8 @@ def swapped(before):
         ),
         # Types, in strings too.
         (
-            "from trl import GRPOConfig\ndef f(a: GRPOConfig, b: 'list[GRPOConfig | None]') -> \"GRPOConfig\": ...\n",
-            "from trl_gspo import GSPOConfig\ndef f(a: GSPOConfig, b: 'list[GSPOConfig | None]') -> \"GSPOConfig\": ...\n",
+            "from trl import GRPOConfig\ndef f(a: GRPOConfig, b: 'list[GRPOConfig]') -> \"GRPOConfig\": ...\n",
+            "from trl_gspo import GSPOConfig\ndef f(a: GSPOConfig, b: 'list[GSPOConfig]') -> \"GSPOConfig\": ...\n",
         ),
         (
             "from trl import GRPOTrainer\nisinstance(x, (A, GRPOTrainer))\nclass T(GRPOTrainer): pass\n",
@@ -101,8 +102,8 @@ def swapped(before):
             "from trl_gspo import GSPOTrainer\nimport other\nother.GRPOTrainer()\nf(GRPOTrainer=1)\nGSPOTrainer()\n",
         ),
         (
-            "from trl import GRPOTrainer\nGRPOTrainer()\ndef f():\n    from mine import GRPOTrainer\n    GRPOTrainer()\n",
-            "from trl_gspo import GSPOTrainer\nGSPOTrainer()\ndef f():\n    from mine import GRPOTrainer\n    GRPOTrainer()\n",
+            "from trl import GRPOTrainer\nGRPOTrainer()\ndef f():\n    from m import GRPOTrainer\n    GRPOTrainer\n",
+            "from trl_gspo import GSPOTrainer\nGSPOTrainer()\ndef f():\n    from m import GRPOTrainer\n    GRPOTrainer\n",
         ),
         # A class of one's own by our name: ours keeps the old one.
         (

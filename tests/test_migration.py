@@ -82,7 +82,8 @@ EXPECTED = {
         per_device_train_batch_size=40, gradient_accumulation_steps=4, steps_per_generation=16, num_generations=5,
         epsilon=3e-4, epsilon_high=4e-4, beta=0.0, loss_type="grpo", eval_steps=20, warmup_steps=40, use_vllm=True,
         eval_dataset_name="data/gsm8k/test.parquet", save_strategy="no", adam_beta2=0.95,
-        per_device_eval_batch_size=10, vllm_importance_sampling_correction=False, output_dir="outputs/qwen2_7b_gspo", report_to=["wandb"],
+        per_device_eval_batch_size=10, vllm_importance_sampling_correction=False, report_to=["wandb"],
+        output_dir="outputs/qwen2_7b_gspo",
     )),
     # 128 x 16 = 2,048 completions to a step on 8: 256 each, 8 x 32; 512 prompts are four steps; 500 rollouts 2,000.
     "verl_gspo.sh": ("verl", dict(
@@ -100,7 +101,8 @@ EXPECTED = {
     )),
     "swift_lora.yaml": ("ms-swift", dict(
         use_peft=True, lora_r=8, lora_dropout=0.0, load_in_4bit=True, loss_type="grpo", epsilon=3e-4,
-        epsilon_high=4e-4, reward_funcs=["accuracy_reward", "think_format_reward", "get_soft_overlong_punishment"], beta=0.0,
+        epsilon_high=4e-4, reward_funcs=["accuracy_reward", "think_format_reward", "get_soft_overlong_punishment"],
+        beta=0.0,
         reward_kwargs={"get_soft_overlong_punishment": {"soft_punish_cache": 256, "max_completion_len": 1024}},
         mask_truncated_completions=True, output_dir="output/GSPO_zero",
     )),
@@ -333,7 +335,7 @@ def test_verl_by_the_names_of_one_section():
 def test_a_shell_script_of_variables():
     config = read_command(
         'A=4 # it\'s four\nB=$((A * 3)) C="x $A"\nexport D=${NOWHERE:-7}\n# --not 1\n'
-        'torchrun --nproc_per_node 2 train.py --a $A --b=${B} --c "$C" --d $D --e $E --flag --list x y \\\n  --neg -1\n'
+        'torchrun --nproc_per_node 2 train.py --a $A --b=${B} --c "$C" --d $D --e $E --flag --list x y \\\n --neg -1\n'
     )
     assert config == dict(num_processes=2, a=4, b=12, c="x 4", d=7, e="$E", flag=True, list=["x", "y"], neg=-1)
 
