@@ -101,10 +101,6 @@ def swapped(before):
             "from trl import GRPOTrainer\nimport other\nother.GRPOTrainer()\nf(GRPOTrainer=1)\nGRPOTrainer()\n",
             "from trl_gspo import GSPOTrainer\nimport other\nother.GRPOTrainer()\nf(GRPOTrainer=1)\nGSPOTrainer()\n",
         ),
-        (
-            "from trl import GRPOTrainer\nGRPOTrainer()\ndef f():\n    from m import GRPOTrainer\n    GRPOTrainer\n",
-            "from trl_gspo import GSPOTrainer\nGSPOTrainer()\ndef f():\n    from m import GRPOTrainer\n    GRPOTrainer\n",
-        ),
         # A class of one's own by our name: ours keeps the old one.
         (
             "from trl import GRPOTrainer\nclass GSPOTrainer(GRPOTrainer): pass\nGSPOTrainer()\n",
@@ -115,6 +111,20 @@ def swapped(before):
 def test_imports(before, after):
     code, _, _ = migrate(before)
     assert code == after
+
+
+def test_a_name_that_is_another_thing_in_its_scope_stays():
+    before = """
+        from trl import GRPOTrainer
+        GRPOTrainer()
+        def f():
+            from mine import GRPOTrainer
+            return GRPOTrainer()
+        def g(GRPOTrainer):
+            return GRPOTrainer()
+    """
+    first, rest = textwrap.dedent(before).split("def f", 1)
+    assert swapped(before) == first.replace("trl ", "trl_gspo ").replace("GRPO", "GSPO") + "def f" + rest
 
 
 def test_line_ends_encoding_and_layout_stay():
