@@ -41,7 +41,7 @@ def swapped(before):
         ),
         (
             "from trl import (\n    A,  # a\n    # of it\n    GRPOConfig,  # c\n    GRPOTrainer\n)\nx: GRPOConfig\n",
-            "from trl import (\n    A,  # a\n)\n# c\nfrom trl_gspo import GSPOConfig, GSPOTrainer\nx: GSPOConfig\n",
+            "from trl import (\n    A  # a\n)\n# c\nfrom trl_gspo import GSPOConfig, GSPOTrainer\nx: GSPOConfig\n",
         ),
         (
             "from trl import (\n    GRPOTrainer,\n    A,  # a\n    B,\n)\nGRPOTrainer()\n",
@@ -86,6 +86,10 @@ def swapped(before):
         (
             "try:\n    from trl import GRPOTrainer\nexcept ImportError:\n    GRPOTrainer = None\nGRPOTrainer()\n",
             "try:\n    from trl_gspo import GSPOTrainer\nexcept ImportError:\n    GSPOTrainer = None\nGSPOTrainer()\n",
+        ),
+        (
+            "from trl import GRPOTrainer\nclass GRPOTrainer(GRPOTrainer): pass\nGRPOTrainer()\n",
+            "from trl_gspo import GSPOTrainer\nclass GSPOTrainer(GSPOTrainer): pass\nGSPOTrainer()\n",
         ),
         # Types, in strings too.
         (
@@ -223,7 +227,7 @@ def test_the_layout_of_a_call_stays():
         )
         d = GRPOConfig(output_dir="o", beta=0.04)
         e = GRPOConfig(
-            "grpo",
+            "grpo",  # here
             loss_type="dapo"
         )
     """
@@ -238,7 +242,7 @@ def test_the_layout_of_a_call_stays():
         )
         d = GSPOConfig(output_dir="o-gspo")
         e = GSPOConfig(
-            "gspo",
+            "gspo"  # here
         )
     """
     assert swapped(before) == textwrap.dedent(after)

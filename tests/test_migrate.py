@@ -6,6 +6,7 @@ import runpy
 import shutil
 import stat
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import migrate
@@ -15,7 +16,8 @@ import yaml
 from tiny import sorting_rows, write_jsonl
 from trl.scripts import grpo as trl_script
 
-from trl_gspo import GSPOTrainer, migration
+from trl_gspo import GSPOConfig, GSPOTrainer, migration
+from trl_gspo import trainer as trainer_module
 
 
 ROOT = Path(__file__).parents[1]
@@ -242,20 +244,22 @@ def test_the_configured_script_trains(tmp_path, data, model_path, monkeypatch, c
     assert log["gspo/ratio/noise"] is not None
 
 
+@dataclass
+class OnThisMachine(GSPOConfig):
+    """What a script without a configuration gets."""
+
+    use_cpu: bool = True
+    bf16: bool | None = False
+    max_steps: int = 1
+    max_completion_length: int | None = 8
+
+
 def test_the_quick_start_trains(tmp_path, data, model_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
     monkeypatch.chdir(tmp_path)  # where TRL writes by default
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     path = prepare(FIXTURES / "quickstart.py", tmp_path, MODEL=model_path, DATA=data)
     assert migrate.main([str(path), "--write"]) == 0
-    run = GSPOTrainer.train
-
-    def one_step(self, *args, **kwargs):
-        self.args.max_steps = 1
-        self.generation_config.max_new_tokens = 8
-        return run(self, *args, **kwargs)
-
-    monkeypatch.setattr(GSPOTrainer, "train", one_step)
+    monkeypatch.setattr(trainer_module, "GSPOConfig", OnThisMachine)
     trainer = runpy.run_path(str(path), run_name="__main__")["trainer"]
     assert type(trainer) is GSPOTrainer and trainer.state.global_step == 1
     assert Path(trainer.args.output_dir).name == f"{Path(model_path).name}-GSPO"

@@ -216,6 +216,18 @@ class _Survey(cst.CSTVisitor):
 
     def _reference(self, node: cst.Name | cst.Attribute) -> None:
         old = next((_QUALIFIED[name] for name in self._names(node) if name in _QUALIFIED), None)
+        if old is None and isinstance(node, cst.Name) and node.value in _NEW:
+            # A second binding of the name in the scope of the import: `except ImportError: GRPOTrainer = None`.
+            scope = self.get_metadata(ScopeProvider, node, None) or self.get_metadata(
+                ScopeProvider, self._parent(node), None
+            )
+            for assignment in scope[node.value] if scope is not None else ():
+                if isinstance(assignment, ImportAssignment):
+                    found = {name.name for name in assignment.get_qualified_names_for(node.value)}
+                    old = next((_QUALIFIED[name] for name in found if name in _QUALIFIED), old)
+            if old is not None:
+                self.swaps[node] = old
+            return
         if old is None:
             return
         self.swaps[node] = old
@@ -415,6 +427,14 @@ class _Rewrite(cst.CSTTransformer):
                 new = cst.ImportFrom(cst.Name("trl_gspo"), sorted(aliases, key=lambda alias: alias.name.value))
                 if kept:
                     statement = statement.with_changes(names=_without(original.names, moved))
+                    comment = _comments(kept[-1])
+                    if kept[-1] is not original.names[-1] and comment and not _comments(statement.names[-1]):
+                        # The list ended without a comma: what is its last name now has its comment before the end.
+                        space = statement.rpar.whitespace_before
+                        line = kept[-1].comma.whitespace_after.first_line
+                        if isinstance(space, cst.ParenthesizedWhitespace):
+                            rpar = statement.rpar.with_changes(whitespace_before=space.with_changes(first_line=line))
+                            statement = statement.with_changes(rpar=rpar)
                     comments = [cst.EmptyLine(comment=comment) for alias in moved for comment in _comments(alias)]
                 else:
                     # In its place: the comments of the line stay where they are.
@@ -732,11 +752,13 @@ def _without(items: Sequence, drop: Sequence) -> list:
         if isinstance(own, cst.ParenthesizedWhitespace):
             space = space.with_changes(first_line=own.first_line)
         comma = comma.with_changes(whitespace_after=space)
-    return [*kept[:-1], last.with_changes(comma=comma, **_end(last, end))]
-
-
-def _end(last: cst.CSTNode, end: cst.CSTNode) -> dict[str, Any]:
-    return {"whitespace_after_arg": end.whitespace_after_arg} if isinstance(last, cst.Arg) else {}
+    if not isinstance(last, cst.Arg):
+        return [*kept[:-1], last.with_changes(comma=comma)]
+    space = end.whitespace_after_arg
+    if not isinstance(comma, cst.Comma) and isinstance(own, cst.ParenthesizedWhitespace):
+        if isinstance(space, cst.ParenthesizedWhitespace):
+            space = space.with_changes(first_line=own.first_line)
+    return [*kept[:-1], last.with_changes(comma=comma, whitespace_after_arg=space)]
 
 
 def _with(args: list[cst.Arg], new: cst.Arg) -> list[cst.Arg]:
