@@ -169,6 +169,7 @@ def test_without_libcst_the_extra_is_named(capsys, tmp_path, monkeypatch):
     (tmp_path / "a.py").write_text(SCRIPT)
     monkeypatch.setitem(sys.modules, "libcst", None)
     monkeypatch.delitem(sys.modules, "trl_gspo.codemod", raising=False)
+    monkeypatch.delattr("trl_gspo.codemod", raising=False)
     assert migrate.main([str(tmp_path / "a.py")]) == 2
     assert "pip install 'trl_gspo[migrate]'" in capsys.readouterr().err
 
@@ -277,6 +278,7 @@ def test_the_script_of_trl_trains(tmp_path, data, model_path, monkeypatch, capsy
         reward_funcs="tests.varied_reward.share_of_digits",
         output_dir=tmp_path / "out",
         max_steps=1,
+        logging_steps=1,
         num_generations=4,
         max_completion_length=8,
         use_cpu="true",

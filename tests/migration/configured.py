@@ -23,6 +23,7 @@ def main() -> trl.GRPOTrainer:
         steps_per_generation=1,
         max_completion_length=6,
         max_steps=1,
+        logging_steps=1,
         use_cpu=True,
         bf16=False,
         gradient_checkpointing=False,
