@@ -405,6 +405,16 @@ def test_unknown_fields_are_listed_and_not_carried():
     assert "# Not set in the source (null):\n#   epsilon\n" in text
 
 
+def test_a_misspelt_field_of_verl_is_none_of_its_section():
+    config = fixture("verl_grpo.yaml")
+    config["actor_rollout_ref"]["rollout"] |= {"temprature": 0.5, "enforce_eager": True}
+    config["actor_rollout_ref"]["actor"]["clip_rato_low"] = 0.1
+    result = migrate_config(config)
+    prefix = "actor_rollout_ref."
+    assert result.unknown == {f"{prefix}rollout.temprature": 0.5, f"{prefix}actor.clip_rato_low": 0.1}
+    assert any(entry.startswith(f"{prefix}rollout.enforce_eager: true.") for entry in result.dropped)
+
+
 @pytest.mark.parametrize(
     ("name", "new"),
     [

@@ -6,6 +6,7 @@ A configuration is read as a mapping ([`read_config`], [`read_command`]), its sy
 down. The tables are in [`trl_gspo.migration_tables`]; scripts in Python are for [`trl_gspo.codemod`].
 """
 
+import difflib
 import json
 import math
 import re
@@ -400,8 +401,12 @@ def _row(system: str, name: str) -> Row | None:
         name = _verl_name(name)
         if name.split(".")[-1] == "_target_":
             return Row(None, "Of Hydra.")
+        if name in VERL:
+            return VERL[name]
         section = next((key for key in VERL_SECTIONS if name == key or name.startswith(f"{key}.")), None)
-        return VERL.get(name) or (Row(None, VERL_SECTIONS[section]) if section else None)
+        # A misspelt field is not one of the section's others.
+        is_misspelt = name not in VERL_SECTIONS and difflib.get_close_matches(name, VERL, n=1, cutoff=0.95)
+        return None if section is None or is_misspelt else Row(None, VERL_SECTIONS[section])
     if name in SYSTEMS[system]:
         return SYSTEMS[system][name]
     if name in known_options():
@@ -1348,7 +1353,7 @@ def to_yaml(migration: Migration, source: str, target: str = "CONFIG.yaml") -> s
         lines += ["", "# As in the source: the same option, the same value."]
         for option in kept:
             lines += _dump(option, migration.values[option])
-    questions = [question for question in migration.questions if not question.endswith("is not in the source")]
+    questions = [question for question in migration.questions if "is not in the source:" not in question]
     for title, entries in (
         ("For you to decide:", questions),
         ("Dropped:", migration.dropped),
