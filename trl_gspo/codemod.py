@@ -6,6 +6,7 @@ depends on a value that is not in the file is listed with its line and reason.
 """
 
 import ast
+import functools
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -54,19 +55,6 @@ RULED = (
 )
 # Where a run writes, which its GSPO twin must not overwrite.
 _NAMED = ("output_dir", "run_name", "hub_model_id")
-
-# What `GSPOTrainer` does in methods of its own; a test compares them with its class.
-OVERRIDDEN = {
-    "_calculate_rewards",
-    "_compute_loss",
-    "_generate",
-    "_generate_and_score_completions",
-    "_get_per_token_logps_and_entropies",
-    "_prepare_inputs",
-    "compute_loss",
-    "log",
-    "training_step",
-}
 
 _UNKNOWN = object()
 
@@ -284,7 +272,7 @@ class _Survey(cst.CSTVisitor):
         if "GRPOTrainer" not in bases:
             return
         for statement in node.body.body:
-            if isinstance(statement, cst.FunctionDef) and statement.name.value in OVERRIDDEN:
+            if isinstance(statement, cst.FunctionDef) and statement.name.value in overridden():
                 self._point(
                     statement,
                     f"`{statement.name.value}` is GSPOTrainer's own too: this one replaces it. Where it does not call "
@@ -694,6 +682,16 @@ def decide(given: dict[str, Any]) -> tuple[dict[str, str], dict[str, str], dict[
             "TRL's sequence_mask multiplies the ratios of all tokens, so that long completions fall out.",
         )
     return removed, kept, add
+
+
+@functools.cache
+def overridden() -> set[str]:
+    """What `GSPOTrainer` does in methods of its own that TRL's trainer has too."""
+    from .trainer import GSPOTrainer
+
+    inherited = {name for kind in GSPOTrainer.__mro__[1:] for name in vars(kind)}
+    own = {name for name, value in vars(GSPOTrainer).items() if callable(value) and not name.startswith("__")}
+    return own & inherited
 
 
 # ---- syntax

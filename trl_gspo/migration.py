@@ -6,9 +6,11 @@ A configuration is read as a mapping ([`read_config`], [`read_command`]), its sy
 down. The tables are in [`trl_gspo.migration_tables`]; scripts in Python are for [`trl_gspo.codemod`].
 """
 
+import ast
 import difflib
 import json
 import math
+import operator
 import re
 import shlex
 import textwrap
@@ -66,8 +68,11 @@ SCRIPT_OPTIONS = (
     "solution_column",
     "reward_funcs",
     "reward_kwargs",
+    "allow_code_execution",
     "health_watch",
     "curves",
+    "memory_check",
+    "merge_adapter",
 )
 
 # Without these `scripts/train.py` does not start.
@@ -278,14 +283,24 @@ def _expand(text: str, variables: Mapping[str, str]) -> str:
 
     def arithmetic(match: re.Match) -> str:
         body = re.sub(r"[A-Za-z_]\w*", lambda name: variables.get(name[0], name[0]), match[1])
-        if not re.fullmatch(r"[\d\s+*/()-]+", body):
-            return match[0]
         try:
-            return str(eval(body.replace("/", "//"), {"__builtins__": {}}))  # digits and operators alone
-        except (SyntaxError, ZeroDivisionError):
+            return str(_whole_number(ast.parse(body, mode="eval").body))
+        except (SyntaxError, ZeroDivisionError, KeyError, TypeError):
             return match[0]
 
     return re.sub(r"\$\(\((.*?)\)\)(?!\))", arithmetic, text)
+
+
+_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.floordiv}
+
+
+def _whole_number(node: ast.expr) -> int:
+    """The value of a shell's arithmetic."""
+    if isinstance(node, ast.BinOp):
+        return _OPERATORS[type(node.op)](_whole_number(node.left), _whole_number(node.right))
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return node.value
+    raise TypeError
 
 
 def _options(words: list[str]) -> dict[str, Any]:
