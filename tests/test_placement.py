@@ -319,7 +319,7 @@ sys.exit(train.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_processes_refuse_before_loading(qwen7b, tmp_path):
     """As a user starts it, on two processes: exit code 2, one message, and nothing loaded."""
     program = tmp_path / "train.py"
