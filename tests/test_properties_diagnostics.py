@@ -260,6 +260,10 @@ def test_a_higher_target_narrows_it(controller, units, target):
 
 
 @given(controllers(), LATER)
+@example(
+    ClipRangeController(0.05, 0.05, 0.2, 1e-6, 0.5),
+    [(place / 100, (1.0, -1.0), 1) for place in range(-10, 11) if place],
+)
 def test_the_same_rollouts_again_and_again_clip_the_target(controller, units):
     lines = lines_of(units)
     for _ in range(45):
