@@ -198,6 +198,7 @@ def test_options_build_what_they_say_or_are_refused_by_name(options):
         for name, value in options.items():
             if value is not None:
                 assert getattr(config, name) == value
+        assert GSPOConfig.from_grpo(config) == config
 
 
 @given(combinations([*MAY_BE, *HOSTS], ANYTHING))
