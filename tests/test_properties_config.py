@@ -190,6 +190,7 @@ def check(config):
 @example({"beta": math.nan})
 @example({"max_completion_length": "512"})
 @example({"epsilon": 10**400})
+@example({"importance_sampling_level": "turn", "disable_dropout": False})
 def test_options_build_what_they_say_or_are_refused_by_name(options):
     config = build(GSPOConfig, **COMMON | options)
     event("built" if config is not None else "refused")
