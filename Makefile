@@ -29,6 +29,7 @@ test: $(VENV)/.done
 test-exhaustive: $(VENV)/.done
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "exhaustive and not timing"
 	$(VENV)/bin/python -m pytest -m "exhaustive and timing" || test $$? -eq 5
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal --hypothesis-profile exhaustive --durations 0 tests/test_properties_*.py
 
 # A copy of that TRL before the installed one on the path: the rest of the environment stays.
 test-oldest-trl: $(VENV)/.done

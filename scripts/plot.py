@@ -27,7 +27,9 @@ def load_logs(path: Path) -> list[dict]:
         if candidate.is_file():
             try:
                 logs = json.loads(candidate.read_text())["log_history"]
-            except (ValueError, KeyError, TypeError) as error:
+                if not (isinstance(logs, list) and all(isinstance(entry, dict) for entry in logs)):
+                    raise TypeError("`log_history` is no list of logs")
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(f"{candidate} is not a trainer_state.json: {error!r}") from error
             if has_curves(logs):
                 return logs
@@ -36,7 +38,8 @@ def load_logs(path: Path) -> list[dict]:
 
 
 def _by_step(folder: Path) -> list[Path]:
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]), reverse=True)
+    found = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[-1].isdecimal()]
+    checkpoints = sorted(found, key=lambda path: int(path.name.split("-")[-1]), reverse=True)
     return [checkpoint / "trainer_state.json" for checkpoint in checkpoints]
 
 

@@ -22,6 +22,8 @@ stop. Where a step takes longer than that, signal a worker instead: all of them 
 a resumed run takes up.
 """
 
+import argparse
+import datetime
 import difflib
 import importlib.util
 import json
@@ -38,6 +40,7 @@ import traceback
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 from safetensors import SafetensorError
@@ -180,12 +183,20 @@ class ScriptArguments:
 
     def __post_init__(self):
         if isinstance(self.reward_kwargs, str):
-            self.reward_kwargs = json.loads(self.reward_kwargs)
+            try:
+                self.reward_kwargs = json.loads(self.reward_kwargs)
+            except ValueError as error:
+                raise ValueError(f"`reward_kwargs={self.reward_kwargs!r}` is not JSON: {error}.") from error
+        by_name = {} if self.reward_kwargs is None else self.reward_kwargs
+        if not (isinstance(by_name, dict) and all(isinstance(kwargs, dict) for kwargs in by_name.values())):
+            raise ValueError(
+                f"`reward_kwargs={by_name!r}` must be arguments by reward: {{reward: {{argument: value}}}}."
+            )
         if not self.dataset_name:
             raise ValueError("`dataset_name` is not set: give a file, a folder or a hub id.")
         if not self.reward_funcs:
             raise ValueError("`reward_funcs` is not set: give at least one reward by name.")
-        strangers = sorted(set(self.reward_kwargs or {}) - set(self.reward_funcs))
+        strangers = sorted(map(str, set(by_name) - set(self.reward_funcs)))
         if strangers:
             raise ValueError(f"`reward_kwargs` has arguments for {', '.join(strangers)}, not among `reward_funcs`.")
 
@@ -210,7 +221,8 @@ class Parser(TrlParser):
         raise ValueError(message)
 
     def set_defaults_with_config(self, **config):
-        actions = {action.dest: action for action in self._actions}
+        # Of two for a switch that is on by default, `--name` and `--no_name`, the first.
+        actions = {action.dest: action for action in reversed(self._actions)}
         hints = {
             name: str(hint) for kind in self.dataclass_types for name, hint in typing.get_type_hints(kind).items()
         }
@@ -219,26 +231,45 @@ class Parser(TrlParser):
             raise ValueError(self._unknown(unknown))
         for key, value in config.items():
             action, hint = actions[key], hints.get(key, "")
-            if action.nargs == "+" and isinstance(value, (str, int, float)):
-                config[key] = [str(value)]
-            elif isinstance(value, (list, dict)):
-                if type(value).__name__ not in hint:
-                    shown = "<hidden>" if is_secret(key) else repr(value)
-                    raise ValueError(f"`{key}: {shown}` is a {type(value).__name__}, and `{key}` takes one value.")
-            # argparse converts a default, and so complains about a wrong one, only where it is a string. A boolean
-            # stays one where text is expected: TRL reads `scale_rewards: false` so.
-            elif isinstance(value, (int, float)) and not (isinstance(value, bool) and action.type is str):
+            shown = "<hidden>" if is_secret(key) else repr(value)
+            if value is None:
+                if "None" not in hint and action.default is not None:
+                    raise ValueError(f"`{key}` has no value: give one, or leave it out for {action.default!r}.")
+            elif isinstance(value, (list, dict)) and type(value).__name__ not in hint:
+                raise ValueError(f"`{key}: {shown}` is a {type(value).__name__}, and `{key}` takes one value.")
+            elif action.nargs == "+":
+                config[key] = [_converted(action, item) for item in (value if isinstance(value, list) else [value])]
+            elif isinstance(value, bool) and action.type is str:
+                # TRL reads `scale_rewards: false` as a boolean, and transformers `resume_from_checkpoint: true`.
+                if key in ScriptArguments.__dataclass_fields__:
+                    raise ValueError(
+                        f"`{key}: {value}` is a boolean to YAML, and `{key}` takes text: put it in quotes."
+                    )
+            # argparse converts a default, and so complains about a wrong one, only where it is a string.
+            elif isinstance(value, (int, float, datetime.date)):
                 config[key] = str(value)
+            elif not isinstance(value, (str, list, dict)):
+                raise ValueError(f"`{key}: {shown}` is of type {type(value).__name__}, which no option takes.")
         return super().set_defaults_with_config(**config)
 
-    def _unknown(self, words: list[str]) -> str:
+    def _unknown(self, words: list) -> str:
         known = sorted({action.dest for action in self._actions})
         messages = []
-        for word in words:
+        for word in map(str, words):
             near = difflib.get_close_matches(word.lstrip("-").split("=")[0].replace("-", "_"), known, n=1)
             shown = word.split("=")[0] if near and is_secret(near[0]) else word
             messages.append(f"`{shown}` is not an option{f', did you mean `{near[0]}`?' if near else '.'}")
         return " ".join(messages)
+
+
+def _converted(action: argparse.Action, item: Any) -> Any:
+    """One of the values of a list in the YAML, as argparse converts it on the command line."""
+    try:
+        if isinstance(item, (str, int, float, datetime.date)):
+            return action.type(str(item))
+    except ValueError:
+        pass
+    raise ValueError(f"`{action.dest}` has {item!r} among its values, which is not of type {action.type.__name__}.")
 
 
 def config_file(argv: list[str]) -> str | None:
@@ -251,7 +282,11 @@ def parse(argv: list[str], starts: bool = False) -> tuple[ScriptArguments, GSPOC
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if argv[-1:] == ["--config"]:
         raise ValueError("`--config` needs the path of a YAML file.")
-    script_args, training_args, model_args, bounds = Parser(starts).parse_args_and_config(argv)
+    try:
+        script_args, training_args, model_args, bounds = Parser(starts).parse_args_and_config(argv)
+    except (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
+        # Of YAML that is no mapping of names, or of a value that TRL and transformers compute with unchecked.
+        raise ValueError(f"An option has a value that it cannot have: {type(error).__name__}: {error}.") from error
     if model_args.model_name_or_path is None:
         raise ValueError("`model_name_or_path` is not set: give a folder or a hub id.")
     return script_args, training_args, model_args, bounds

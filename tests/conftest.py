@@ -14,10 +14,19 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import pytest  # noqa: E402 - the environment has to stand before anything of Hugging Face is imported
 import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
+from hypothesis import settings  # noqa: E402
 from tiny import make_model, make_tokenizer, sorting_rows  # noqa: E402
 
 
 torch.set_num_threads(1)
+
+# For `tests/test_properties_*.py`. By default few examples, the same ones in each run; with `--hypothesis-profile
+# exhaustive` many, others in each run. Either way a failure prints the line that repeats it. No deadline: an example
+# takes as long as a shared core takes.
+PROFILE = {"deadline": None, "database": None, "print_blob": True}
+settings.register_profile("quick", max_examples=60, derandomize=True, **PROFILE)
+settings.register_profile("exhaustive", max_examples=10_000, **PROFILE)
+settings.load_profile("quick")
 
 
 @pytest.fixture(scope="session")

@@ -269,7 +269,7 @@ def test_groups_may_be_spread_over_ranks(ranks, scale):
         ("turn", [[1.0], [1.0, NAN, 1.0]], "'f' returned nan for a turn of completion 1"),
         ("token", [[-math.inf], [1.0] * 3], "'f' returned -inf for a token of completion 0"),
         ("turn", [[1.0], [1.0, None, 1.0]], "'f' returned None for a turn of completion 1"),
-        ("turn", [[1.0], "abc"], "'f' returned 'a' for a turn of completion 1"),
+        ("turn", [[1.0], "abc"], "'f' returned 'abc' for completion 1"),
         ("turn", [[1.0], [[1.0], [2.0], [3.0]]], r"'f' returned \[1.0\] for a turn of completion 1"),
     ],
 )

@@ -95,10 +95,11 @@ class ClipRangeController(TrainerCallback, ExportableState):
         share = self.target * len(log_ratio) / (len(below) + len(above))
         first = log_ratio[units["minibatch"][is_live] == 0]
         floor = max(self.epsilon_min, float(first.std()) if len(first) else 0.0)
-        return (
-            self._step(self.epsilon_low, -math.expm1(np.quantile(below, share)) if len(below) else None, floor),
-            self._step(self.epsilon_high, math.expm1(np.quantile(above, 1 - share)) if len(above) else None, floor),
-        )
+        with np.errstate(over="ignore"):  # of a policy that is past saving, which is not for us to say
+            return (
+                self._step(self.epsilon_low, -np.expm1(np.quantile(below, share)) if len(below) else None, floor),
+                self._step(self.epsilon_high, np.expm1(np.quantile(above, 1 - share)) if len(above) else None, floor),
+            )
 
     def _step(self, epsilon: float, wanted: float | None, floor: float) -> float:
         if wanted is not None:

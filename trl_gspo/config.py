@@ -2,6 +2,8 @@
 
 import copy
 import importlib.util
+import numbers
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -44,6 +46,28 @@ _FOREIGN_LOSS_FIELDS = (
     "vespo_lambda_pos",
 )
 
+# Whole numbers that the rollout batch is counted in, or that are read below; of these, TRL takes `None` for some.
+_COUNTS = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_generations",
+    "num_iterations",
+    "steps_per_generation",
+    "generation_batch_size",
+    "max_completion_length",
+)
+_MAY_BE_NONE = ("steps_per_generation", "generation_batch_size", "max_completion_length")
+
+# "false" is true, and so the opposite of what was meant.
+_SWITCHES = (
+    "disable_dropout",
+    "pack_live_tokens",
+    "use_rollout_logps",
+    "log_expert_change",
+    "use_vllm",
+    "vllm_importance_sampling_correction",
+)
+
 # What a host's `__post_init__` derives one field from, where the inherited other would undo a change of the one.
 _IMPLIED_BY = {
     "activation_checkpointing": ("gradient_checkpointing",),
@@ -62,6 +86,10 @@ def _shown(value: Any) -> str:
 
 def _trl_default(name: str) -> Any:
     return GRPOConfig.__dataclass_fields__[name].default
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @dataclass
@@ -127,8 +155,9 @@ class GSPOConfig(GRPOConfig):
 
     Raises:
         ImportError: if `deepspeed` is set and not installed.
-        ValueError: if an epsilon is not finite or not in (0, 1), if `step_discount` is not in (0, 1], if `loss_type`
-            or `importance_sampling_level` is not GSPO's, if an option is set that only a refused loss type reads;
+        ValueError: if an epsilon is not finite or not in (0, 1), if `step_discount` is not in (0, 1], if `beta` is
+            negative or not finite, if `loss_type` or `importance_sampling_level` is not GSPO's, if an option is set
+            that only a refused loss type reads; if a count is no whole number of at least 1, or a switch no `bool`;
             if `num_generations` is below 2, or `reward_timeout` not above 0;
             if `clip_fraction_target` is not in (0, 1), or is set where the ratio is always 1; if `use_rollout_logps`
             and vLLM's correction, which needs the model's own, are both on.
@@ -253,20 +282,20 @@ class GSPOConfig(GRPOConfig):
         check_epsilon("epsilon", self.epsilon)
         if self.epsilon_high is not None:
             check_epsilon("epsilon_high", self.epsilon_high)
-        if self.loss_type not in _LOSS_TYPES:
-            reason = _REFUSED_LOSS_TYPES.get(self.loss_type, "is not known")
+        if not (isinstance(self.loss_type, str) and self.loss_type in _LOSS_TYPES):
+            reason = _REFUSED_LOSS_TYPES.get(str(self.loss_type), "is not known")
             raise ValueError(
                 f"`loss_type={self.loss_type!r}` is refused: it {reason}. GSPO averages over sequences: set "
                 "`loss_type='grpo'`, or `'luspo'` to weight by length on purpose."
             )
-        if self.importance_sampling_level not in LEVELS:
-            reason = "is GRPO" if self.importance_sampling_level == "token" else "is not known"
+        level = self.importance_sampling_level
+        if not (isinstance(level, str) and level in LEVELS):
+            reason = "is GRPO" if str(level) == "token" else "is not known"
             raise ValueError(
-                f"`importance_sampling_level={self.importance_sampling_level!r}` is refused: it {reason}. Set it to "
+                f"`importance_sampling_level={level!r}` is refused: it {reason}. Set it to "
                 f"one of {', '.join(map(repr, LEVELS))}, or use TRL's `GRPOTrainer`."
             )
-        is_number = isinstance(self.step_discount, (int, float)) and not isinstance(self.step_discount, bool)
-        if not (is_number and 0 < self.step_discount <= 1):
+        if not (_is_number(self.step_discount) and 0 < self.step_discount <= 1):
             raise ValueError(f"`step_discount` must be a number in (0, 1], got {self.step_discount!r}.")
         if self.deepspeed and importlib.util.find_spec("deepspeed") is None:
             raise ImportError(
@@ -278,30 +307,32 @@ class GSPOConfig(GRPOConfig):
                 f"`hub_token={self.hub_token!r}` is what logs show in place of a token: give the token itself, or "
                 "none and set `HF_TOKEN`."
             )
-        for name in (
-            "gradient_accumulation_steps",
-            "steps_per_generation",
-            "num_iterations",
-            "per_device_train_batch_size",
-        ):
+        if not (_is_number(self.beta) and 0 <= self.beta <= sys.float_info.max):
+            raise ValueError(f"`beta` must be a finite number, at least 0, got {self.beta!r}; 0.0 is no KL term.")
+        for name in _COUNTS:
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value!r}.")
+            if value is None and name in _MAY_BE_NONE:
+                continue
+            if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"`{name}` must be a whole number, at least 1, got {value!r}.")
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
         if self.num_generations < 2:
             raise ValueError(
                 f"`num_generations={self.num_generations}` is refused: the advantage of a completion is against the "
                 "others of its group, so a group has at least 2. The default is 8."
             )
-        is_number = isinstance(self.reward_timeout, (int, float)) and not isinstance(self.reward_timeout, bool)
-        if not (is_number and self.reward_timeout > 0):
+        if not (_is_number(self.reward_timeout) and self.reward_timeout > 0):
             raise ValueError(
                 f"`reward_timeout` must be a number of seconds above 0, got {self.reward_timeout!r}; infinity (`.inf` "
                 "in YAML) for no limit."
             )
         for name in _FOREIGN_LOSS_FIELDS:
-            if getattr(self, name) != _trl_default(name):
+            value = getattr(self, name)
+            if not _is_number(value) or value != _trl_default(name):
                 raise ValueError(
-                    f"`{name}={getattr(self, name)!r}` is refused: only `loss_type={name.split('_')[0]!r}` reads it, "
+                    f"`{name}={value!r}` is refused: only `loss_type={name.split('_')[0]!r}` reads it, "
                     "which is not GSPO. Remove it."
                 )
 
@@ -317,8 +348,7 @@ class GSPOConfig(GRPOConfig):
         target = self.clip_fraction_target
         if target is None:
             return
-        is_number = isinstance(target, (int, float)) and not isinstance(target, bool)
-        if not (is_number and 0 < target < 1):
+        if not (_is_number(target) and 0 < target < 1):
             raise ValueError(f"`clip_fraction_target` must be a number in (0, 1), got {target!r}: 0.15, say, or None.")
         if self.clip_epsilon_min >= self.clip_epsilon_max:
             raise ValueError(
@@ -389,15 +419,19 @@ class GSPOConfig(GRPOConfig):
                 f"{MINIBATCHES_PER_ROLLOUT * self.gradient_accumulation_steps}`."
             )
         if self.use_vllm and self.vllm_importance_sampling_correction:
-            if self.vllm_importance_sampling_mode.startswith("sequence_"):
+            if str(self.vllm_importance_sampling_mode).startswith("sequence_"):
                 yield (
                     f"`vllm_importance_sampling_mode={self.vllm_importance_sampling_mode!r}` multiplies the ratios of "
                     "all tokens, so long sequences fall out of the bounds by rounding alone: set "
                     "`vllm_importance_sampling_mode='token_truncate'`."
                 )
-            sampling = {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p} | (self.generation_kwargs or {})
+            sampling = {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
+            if isinstance(self.generation_kwargs, dict):
+                sampling |= self.generation_kwargs
             top_p, top_k, min_p = sampling["top_p"], sampling["top_k"], sampling["min_p"]
-            if (top_p or 1.0) < 1.0 or (top_k or 0) > 0 or min_p:
+            # What is no number is for vLLM to refuse.
+            p, k, least = (value if _is_number(value) else 0 for value in (top_p, top_k, min_p))
+            if 0 < p < 1.0 or k > 0 or least:
                 yield (
                     f"`top_p={top_p}`, `top_k={top_k}`, `min_p={min_p}` truncate what vLLM samples, "
                     "which biases its importance ratio: set `top_p=1.0`, `top_k=0` and `min_p=None`, or "
@@ -438,7 +472,7 @@ class GSPOConfig(GRPOConfig):
 
         Raises:
             TypeError: if `config` is not a `GRPOConfig`, or a change names no field.
-            ValueError: if a change is refused by [`GSPOConfig`].
+            ValueError: if [`GSPOConfig`] refuses a change, or a value of `config` that TRL let pass.
         """
         if not isinstance(config, GRPOConfig):
             raise TypeError(f"`config` must be a `trl.GRPOConfig`, got `{type(config).__name__}`.")

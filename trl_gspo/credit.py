@@ -9,7 +9,7 @@ Source: DeepSeekMath, section 4.1.3 (process supervision), https://huggingface.c
 import functools
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -75,8 +75,9 @@ def check_step_rewards(name: str, kind: str, rewards: Sequence[StepRewards], len
         rewards (`Sequence`): what the function returned.
         lengths (`Sequence[int]`): steps of each completion.
     """
-    if len(rewards) != len(lengths):
-        raise ValueError(f"The {kind} reward {name!r} returned {len(rewards)} lists for {len(lengths)} completions.")
+    if _length(rewards) != len(lengths):
+        got = repr(rewards) if _length(rewards) is None else f"{len(rewards)} lists"
+        raise ValueError(f"The {kind} reward {name!r} returned {got} for {len(lengths)} completions.")
     counted = {
         "turn": "A turn is a maximal run of trained tokens, between two answers of a tool or an environment; their "
         "number is in the keyword argument `num_turns`.",
@@ -85,22 +86,36 @@ def check_step_rewards(name: str, kind: str, rewards: Sequence[StepRewards], len
     for index, (steps, length) in enumerate(zip(rewards, lengths, strict=True)):
         if steps is None:
             continue
-        if not hasattr(steps, "__len__") or len(steps) != length:
-            got = f"{len(steps)} numbers" if hasattr(steps, "__len__") else repr(steps)
+        if _length(steps) != length:
+            got = repr(steps) if _length(steps) is None else f"{len(steps)} numbers"
             raise ValueError(
                 f"The {kind} reward {name!r} returned {got} for completion {index}, which has {length} {kind}s. "
                 f"{counted} Return None where the reward does not apply."
             )
         for step in steps:
-            try:
-                is_finite = math.isfinite(step)
-            except TypeError:
-                is_finite = False
-            if not is_finite:
+            if not _is_finite(step):
                 raise ValueError(
                     f"The {kind} reward {name!r} returned {step!r} for a {kind} of completion {index}: it must be a "
                     "finite number."
                 )
+
+
+def _length(value: Any) -> int | None:
+    """How many things stand in `value` in an order; `None` where that is no question to ask of it."""
+    if isinstance(value, (str, bytes, Mapping, Set)):
+        return None
+    try:
+        return len(value)
+    except TypeError:
+        return None
+
+
+def _is_finite(step: Any) -> bool:
+    """Whether `step` is a number that is finite in float32, too, in which TRL holds rewards."""
+    try:
+        return math.isfinite(step) and abs(float(step)) <= torch.finfo(torch.float32).max
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # of objects of any kind
+        return False
 
 
 def place_steps(rewards: Sequence[StepRewards], kind: str, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,7 +261,8 @@ class StepCredit:
     def begin(self, completion_ids: list[list[int]], tool_mask: list[list[int]] | None) -> None:
         """Counts the steps of a rollout batch: `tool_mask` is 0 on tokens of tools, and all the model's if `None`."""
         masks = [[1] * len(ids) for ids in completion_ids] if tool_mask is None else tool_mask
-        trained = torch.zeros(len(masks), max(map(len, masks)), dtype=torch.bool)
+        # A column at least: all completions may be empty.
+        trained = torch.zeros(len(masks), max([1, *map(len, masks)]), dtype=torch.bool)
         for row, mask in enumerate(masks):
             trained[row, : len(mask)] = torch.tensor(mask, dtype=torch.bool)
         self._turn_ids = turn_ids(trained)
@@ -269,7 +285,7 @@ class StepCredit:
             return kwargs | ({"num_turns": self._lengths["turn"]} if takes_turns else {})
 
         def record(rewards):
-            rewards = list(rewards)
+            rewards = list(rewards) if isinstance(rewards, Iterator) else rewards
             check_step_rewards(name, kind, rewards, self._lengths[kind])
             self._rewards[index] = rewards
             return [None if steps is None else float(sum(steps)) for steps in rewards]
@@ -303,10 +319,11 @@ class StepCredit:
         Each function is normalised by itself, so that its weight says what it counts against the others. Arguments as
         in [`normalize_steps`] and [`credit_to_tokens`]; `weights` has one value for each of all functions.
         """
-        ids = torch.nn.functional.pad(self._turn_ids, (0, width - self._turn_ids.size(1)), value=-1).to(device)
+        columns = max(width, self._turn_ids.size(1))
+        ids = torch.nn.functional.pad(self._turn_ids, (0, columns - self._turn_ids.size(1)), value=-1).to(device)
         credit = torch.zeros(ids.shape, dtype=exact_dtype(ids), device=device)
         for index, kind in self.kinds.items():
             rewards, is_end = place_steps(self._rewards[index], kind, ids)
             normalized = normalize_steps(rewards, is_end, num_generations, scale_rewards, gather, process_index)
             credit += weights[index].item() * credit_to_tokens(normalized, is_end, discount)
-        return credit
+        return credit[:, :width]

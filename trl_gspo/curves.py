@@ -134,7 +134,8 @@ def _series(logs: list[dict], *keys: str) -> list[list]:
     A metric is absent, or `None`, in a log without anything to say of it: TRL's reward in all but those of a step that
     generated. Its line goes on to the next value.
     """
-    rows = [[entry[name] for name in ("step", *keys)] for entry in logs if None not in map(entry.get, keys)]
+    rows = [[entry.get(name) for name in ("step", *keys)] for entry in logs]
+    rows = [row for row in rows if all(isinstance(value, (int, float)) for value in row)]
     return [list(column) for column in zip(*rows, strict=True)] or [[] for _ in ("step", *keys)]
 
 

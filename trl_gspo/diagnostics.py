@@ -253,6 +253,7 @@ def _distribution(ratios: np.ndarray) -> dict[str, float]:
 
 
 def _correlation(first: np.ndarray, second: np.ndarray) -> float:
-    if len(first) < 2 or first.std() == 0 or second.std() == 0:
+    # Not by the standard deviation, which rounds: that of 0.1, 0.1, 0.1 is not 0.
+    if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
         return math.nan
     return np.corrcoef(first, second)[0, 1]

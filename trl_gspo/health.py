@@ -151,7 +151,9 @@ class HealthBounds:
         shares = ("health_clip_fraction", "health_live_fraction", "health_entropy", "health_unscored")
         for name, kind in typing.get_type_hints(HealthBounds).items():
             value = getattr(self, name)
-            if name in shares:
+            if not isinstance(value, kind if kind is int else (int, float)) or isinstance(value, bool):
+                is_right, allowed = False, "a whole number" if kind is int else "a number"
+            elif name in shares:
                 is_right, allowed = 0 <= value <= 1, "a share in [0, 1]"
             elif name.startswith("health_ratio"):
                 is_right, allowed = value > 1, "above 1: its inverse is the bound on the other side"
@@ -161,7 +163,7 @@ class HealthBounds:
                 is_right, allowed = value >= 0, "at least 0"
             if not is_right:
                 raise ValueError(
-                    f"`{name}` must be {allowed}, got {value}. Its default is {getattr(HealthBounds, name)}."
+                    f"`{name}` must be {allowed}, got {value!r}. Its default is {getattr(HealthBounds, name)}."
                 )
         if self.health_ratio_stop < self.health_ratio_warn:
             raise ValueError(

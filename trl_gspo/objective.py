@@ -9,7 +9,6 @@ clip.
 Source: GSPO, https://huggingface.co/papers/2507.18071
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -226,7 +225,7 @@ def clip_masks(ratio: Tensor, advantages: Tensor, epsilon_low: float, epsilon_hi
 def check_epsilon(name: str, value: float) -> None:
     """Raises `ValueError` unless `value` is a finite number in (0, 1); `name` is the option the message names."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (is_number and math.isfinite(value) and 0 < value < 1):
+    if not (is_number and 0 < value < 1):
         raise ValueError(
             f"`{name}` must be a finite number in (0, 1), got {value!r}. The GSPO paper (section 5.1) clips the "
             f"ratio to 1 - {EPSILON_LOW} and 1 + {EPSILON_HIGH}; short completions need a wider range."
@@ -261,11 +260,11 @@ def clipped_units(
     Raises:
         ValueError: if shapes differ or there is no such level.
     """
+    _check_shapes(per_token_logps, old_per_token_logps, mask)
     ids, units = unit_ids(mask, level)
     if level == "sequence":
         log_ratio = sequence_log_ratio(per_token_logps, old_per_token_logps, mask)
     else:
-        _check_shapes(per_token_logps, old_per_token_logps, mask)
         dtype = exact_dtype(mask)
         log_ratio = _mean_by_unit(per_token_logps.to(dtype) - old_per_token_logps.to(dtype), ids, units)
     advantages = _per_token(advantages, mask, level).expand_as(mask)
@@ -358,8 +357,11 @@ def gspo_loss(
     advantages = _per_token(advantages.detach().to(log_ratio.dtype), mask, level)
 
     ratio = torch.exp(log_ratio.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO))
-    clipped_ratio = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
-    per_token_loss = -torch.min(ratio * advantages, clipped_ratio * advantages)
+    # min(s A, clip(s) A), chosen by the masks and not by the products: next to the edge these round to one number, and
+    # `torch.min` would give a clipped token half of its gradient.
+    is_low, is_high = clip_masks(ratio, advantages, epsilon_low, epsilon_high)
+    clipped_ratio = ratio.masked_fill(is_low, 1 - epsilon_low).masked_fill(is_high, 1 + epsilon_high)
+    per_token_loss = -clipped_ratio * advantages
     if level == "sequence":
         # A row without trained tokens has ratio 1, hence a constant -A that is no loss of anything.
         per_sequence_loss = per_token_loss.masked_fill(units.lengths == 0, 0.0)

@@ -38,8 +38,14 @@ _HOST_ARGUMENTS = {
 }
 
 
-def _text(completion: str | list[dict[str, str]]) -> str:
-    return completion if isinstance(completion, str) else completion[-1]["content"]
+def _text(completion: str | list[dict[str, Any]]) -> str:
+    """What a completion says: of messages the last, which says nothing where it only calls a tool."""
+    content = completion
+    if isinstance(completion, list):
+        content = completion[-1].get("content") if completion else None
+    if isinstance(content, list):  # of parts, text and others
+        content = "".join(part.get("text") or "" for part in content)
+    return content or ""
 
 
 def exact_match_reward(completions: list, solution: Sequence[str | None], **kwargs: Any) -> list[float | None]:
@@ -185,6 +191,8 @@ def check_columns(reward: Callable | str, columns: Sequence[str]) -> None:
 
 
 def _import(name: str) -> Callable:
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ValueError(f"`reward_funcs` names {name!r}, which has not the form `package.module.function`.")
     module_name, function_name = name.rsplit(".", 1)
     try:
         module = importlib.import_module(module_name)
