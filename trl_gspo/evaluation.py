@@ -212,8 +212,9 @@ def generate(
     """
     Draws samples of each prompt.
 
-    What a sample is depends on `seed`, its prompt and its number, and not on `batch_size` or on other prompts, up to
-    the rounding that the shape of a batch changes: nothing in our tests on CPU in float32, not to be relied on in bf16.
+    What a sample is depends on `seed`, its prompt and its number, and not on `batch_size` or on other prompts, but for
+    the rounding that the shape of a batch changes. In our tests, on CPU in float32, that changes nothing; in bf16 it
+    may.
 
     Args:
         model (`PreTrainedModel`): in evaluation mode, on the device to use.
@@ -509,7 +510,7 @@ def to_markdown(report: dict[str, Any], rows: Sequence[dict], samples: dict[str,
         "",
         "## Samples",
         "",
-        "The first sample of some problems; of two models, in turn of problems that got better, got worse, and stayed.",
+        "The first sample of some problems; of two models, in turn of problems that got better, worse, and stayed.",
     ]
     for index in report["shown"]:
         lines += ["", f"### Problem {index}", "", *_fenced(_prompt_text(rows[index]["prompt"]))]

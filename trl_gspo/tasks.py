@@ -308,7 +308,7 @@ def _load(args: DataArguments, train: bool, evaluation: bool) -> tuple[Rows | No
             )
         rows = load(args.dataset_name, args.dataset_train_split).shuffle(seed=args.task_seed)
         _check_size(
-            rows, (args.num_train_samples or 1) + args.num_eval_samples, "num_train_samples and num_eval_samples"
+            rows, (args.num_train_samples or 1) + args.num_eval_samples, "num_train_samples` and `num_eval_samples"
         )
         end = len(rows) if args.num_train_samples is None else args.num_eval_samples + args.num_train_samples
         return rows.select(range(args.num_eval_samples, end)), rows.select(range(args.num_eval_samples))
