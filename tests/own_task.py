@@ -1,4 +1,4 @@
-"""A task of one's own, by its Python path."""
+"""A task of one's own, by its Python path, and a reward that raises."""
 
 from trl_gspo.tasks import Task
 
@@ -9,3 +9,7 @@ TASK = Task(OPTIONS)
 
 def make() -> Task:
     return TASK
+
+
+def raising(completions, **kwargs):
+    return [1 / 0 for _ in completions]
