@@ -133,7 +133,7 @@ class Parser(TrlParser):
         for action in self._actions:
             action.default = argparse.SUPPRESS
         try:
-            words = vars(self.parse_known_args(args)[0])
+            words = vars(super().parse_known_args(args)[0])
         finally:
             for action, default in defaults.items():
                 action.default = default

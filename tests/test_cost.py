@@ -13,7 +13,7 @@ def config(tmp_path, **options):
 
 def test_completions_prompts_and_tokens(tmp_path):
     args = config(tmp_path, gradient_accumulation_steps=2, max_steps=10)
-    cost = run_cost(args, train_rows=40, processes=3)
+    cost = run_cost(args, train_rows=60, processes=3)
     assert cost.step_completions == 8 * 2 * 3
     assert args.steps_per_generation == 8  # four optimizer steps a rollout, of two micro-batches each
     assert (cost.rollout_completions, cost.rollout_prompts, cost.steps_per_rollout) == (192, 48, 4)

@@ -64,6 +64,7 @@ def test_final_number_reward_is_none_without_a_right_answer():
 
 def test_every_name_loads():
     needs = {"get_repetition_penalty_reward": {"ngram_size": 2, "max_penalty": -0.5}}
+    needs["get_pattern_reward"] = {"pattern": "."}
     names = reward_names()
     assert {"exact_match_reward", "accuracy_reward", "get_soft_overlong_punishment"} <= set(names)
     for name in names:

@@ -219,8 +219,9 @@ def test_the_effective_choice_is_printed(data, model_path, tmp_path, capsys):
     argv = arguments(model_name_or_path="no/such", output_dir=tmp_path / "o")[2:]
     assert train.main([*argv, "--task", "sort", "--dataset_name", data, "--num_train_samples", "30"]) == 2
     printed = capsys.readouterr().out
-    assert "task        sort: num_eval_samples=1024, reward_funcs=['exact_match_reward']" in printed
-    assert "not the task's: num_train_samples=30 (command line)" in printed
+    assert "task        sort: reward_funcs=['exact_match_reward']\n" in printed
+    left_out = "num_eval_samples=None (left out, with its data set)"
+    assert f"not the task's: num_train_samples=30 (command line), {left_out}" in printed
 
 
 DRY = """
@@ -284,7 +285,7 @@ def test_a_dry_run_prints_what_differs_and_what_it_costs(model_path, tmp_path, c
     ):
         assert line in lines, line
     assert any(line.startswith("model_init_kwargs {token: (hidden), a: 1}") for line in lines)
-    assert "epsilon " not in printed and "max_steps" not in printed
+    assert "max_steps" not in printed and "weight_decay" not in printed
     assert not re.search("abcdefgh|not-for-you|user:pass", printed)
 
     assert train.main([*argv, "--dry_run", "--dry_run_processes", "4"]) == 0

@@ -347,9 +347,8 @@ def score(
             for (sample, _), value in zip(chunk, values, strict=True):
                 sample.rewards[name] = None if value is None or math.isnan(value) else float(value)
     for sample, _ in pairs:
-        values = [
-            weight * value for weight, value in zip(weights, sample.rewards.values(), strict=True) if value is not None
-        ]
+        applicable = [(weight, sample.rewards[name]) for weight, name in zip(weights, rewards, strict=True)]
+        values = [weight * value for weight, value in applicable if value is not None]
         sample.score = math.fsum(values) if values else None
         # Sums of weighted rewards may miss the threshold by rounding.
         sample.passed = sample.score is not None and sample.score >= threshold - 1e-6
@@ -557,6 +556,7 @@ def _cell(text: str, limit: int = 800) -> str:
         ("*", "&#42;"),
         ("_", "&#95;"),
         ("[", "&#91;"),
+        ("]", "&#93;"),
         ("\\", "&#92;"),
         ("!", "&#33;"),
         ("$", "&#36;"),

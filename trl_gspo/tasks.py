@@ -307,10 +307,9 @@ def _load(args: DataArguments, train: bool, evaluation: bool) -> tuple[Rows | No
                 "`eval_dataset_name`."
             )
         rows = load(args.dataset_name, args.dataset_train_split).shuffle(seed=args.task_seed)
-        _check_size(
-            rows, (args.num_train_samples or 1) + args.num_eval_samples, "num_train_samples` and `num_eval_samples"
-        )
-        end = len(rows) if args.num_train_samples is None else args.num_eval_samples + args.num_train_samples
+        wanted = args.num_eval_samples + ((args.num_train_samples or 1) if train else 0)
+        _check_size(rows, wanted, "num_train_samples` and `num_eval_samples")
+        end = len(rows) if args.num_train_samples is None or not train else wanted
         return rows.select(range(args.num_eval_samples, end)), rows.select(range(args.num_eval_samples))
     if train and evaluation and eval_name == args.dataset_name:
         splits = (args.dataset_train_split, args.dataset_test_split)
@@ -447,16 +446,17 @@ def _parts(args: DataArguments) -> dict[str, DataArguments]:
 
 def defaults_of(name: str | None, given: Iterable[str]) -> dict[str, Any]:
     """
-    What a task sets, less what belongs to a data set that is not the task's: its configuration.
+    What a task sets, less what belongs to a data set that is not the task's: its configuration, or how many rows are
+    generated.
 
     Args:
         name (`str`, *optional*): the task's.
         given (`Iterable[str]`): the options that are given, which win over the task's.
     """
-    options = find_task(name).options
-    if "dataset_name" in given:
-        options = {option: value for option, value in options.items() if option != "dataset_config"}
-    return {option: value for option, value in options.items() if option not in given}
+    task, left_out = find_task(name), set(given)
+    if "dataset_name" in left_out:
+        left_out |= {"dataset_config"} if task.generate is None else {"num_train_samples", "num_eval_samples"}
+    return {option: value for option, value in task.options.items() if option not in left_out}
 
 
 def scope_rewards(args: DataArguments, rewards: list[Callable | str]) -> list[Callable | str]:
