@@ -278,7 +278,8 @@ def test_no_prompt_is_both_trained_and_evaluated_on(numbers, tmp_path, caplog, s
     args = numbered(numbers, eval_dataset_name=other)
     held_out = load_task(args)[1]
     train = tasks.load_rows(numbers, "train", streaming=streaming)
-    with caplog.at_level(logging.INFO):
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "trl_gspo"):
         kept = tasks._without_prompts_of(held_out, train)
     assert {row["prompt"] for row in kept} == {str(i) for i in range(20)} - {"3", "7"}
     assert ("2 of 20 rows to train on are left out" in caplog.text) is not streaming

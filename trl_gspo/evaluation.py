@@ -323,6 +323,8 @@ def score(
     """
     weights = [1.0] * len(rewards) if weights is None else weights
     pairs = [(sample, row) for group, row in zip(samples, rows, strict=True) for sample in group]
+    for sample, _ in pairs:
+        sample.rewards = {}
     for start in range(0, len(pairs), _SCORED_AT_ONCE):
         chunk = pairs[start : start + _SCORED_AT_ONCE]
         prompts = [row["prompt"] for _, row in chunk]
@@ -347,8 +349,8 @@ def score(
             for (sample, _), value in zip(chunk, values, strict=True):
                 sample.rewards[name] = None if value is None or math.isnan(value) else float(value)
     for sample, _ in pairs:
-        applicable = [(weight, sample.rewards[name]) for weight, name in zip(weights, rewards, strict=True)]
-        values = [weight * value for weight, value in applicable if value is not None]
+        weighted = zip(weights, sample.rewards.values(), strict=True)
+        values = [weight * value for weight, value in weighted if value is not None]
         sample.score = math.fsum(values) if values else None
         # Sums of weighted rewards may miss the threshold by rounding.
         sample.passed = sample.score is not None and sample.score >= threshold - 1e-6
