@@ -59,11 +59,13 @@ def _split(rows: list, *sizes: int) -> list[list]:
     return [*parts, rows[start:]]
 
 
-def corrupted_answers(tokenizer, rows: list[dict], generator: random.Random) -> Iterator[tuple]:
+def corrupted_answers(
+    tokenizer, rows: list[dict], generator: random.Random, batch_size: int = PRETRAIN_BATCH
+) -> Iterator[tuple]:
     """Batches for `pretrain`, without end: the answers of `rows`, of which some are shuffled."""
     while True:
         texts, lengths = [], []
-        for row in generator.sample(rows, PRETRAIN_BATCH):
+        for row in generator.sample(rows, batch_size):
             answer = list(row["solution"])
             if generator.random() < CORRUPTED:
                 generator.shuffle(answer)

@@ -59,10 +59,12 @@ def make_model(tokenizer, moe: bool = False, hidden_size: int = 32, layers: int 
     return Qwen3ForCausalLM(Qwen3Config(**config | overrides))
 
 
-def pretrain(model, batches: Iterator[tuple[torch.Tensor, torch.Tensor]], steps: int) -> None:
+def pretrain(
+    model, batches: Iterator[tuple[torch.Tensor, torch.Tensor]], steps: int, learning_rate: float = 3e-3
+) -> None:
     """Trains `model` on `batches` of `(input_ids, labels)`, both `(B, T)`; a label of -100 is not learnt."""
     optimizer = torch.optim.AdamW(model.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=learning_rate, total_steps=steps)
     for input_ids, labels in islice(batches, steps):
         loss = model(input_ids=input_ids, labels=labels).loss
         optimizer.zero_grad()
