@@ -60,14 +60,18 @@ def _split(rows: list, *sizes: int) -> list[list]:
 
 
 def corrupted_answers(
-    tokenizer, rows: list[dict], generator: random.Random, batch_size: int = PRETRAIN_BATCH
+    tokenizer,
+    rows: list[dict],
+    generator: random.Random,
+    batch_size: int = PRETRAIN_BATCH,
+    corrupted: float = CORRUPTED,
 ) -> Iterator[tuple]:
-    """Batches for `pretrain`, without end: the answers of `rows`, of which some are shuffled."""
+    """Batches for `pretrain`, without end: the answers of `rows`, of which the share `corrupted` is shuffled."""
     while True:
         texts, lengths = [], []
         for row in generator.sample(rows, batch_size):
             answer = list(row["solution"])
-            if generator.random() < CORRUPTED:
+            if generator.random() < corrupted:
                 generator.shuffle(answer)
             texts.append(row["prompt"] + "".join(answer) + tokenizer.eos_token)
             lengths.append(len(row["prompt"]))  # a character is a token

@@ -6,7 +6,7 @@ Makes the tiny model that configs/reasoning_tiny.yaml trains on a family of reas
     python scripts/evaluate.py --config configs/reasoning_tiny.yaml --model_name_or_path outputs/reasoning_tiny \\
         --before outputs/reasoning_tiny/base
 
-It pretrains a Qwen3 of 0.09M parameters on the rows of that configuration's training data, with 70% of the answers
+It pretrains a Qwen3 of 0.09M parameters on the rows of that configuration's training data, with half of the answers
 shuffled. The rows that the configuration holds out are in neither training.
 """
 
@@ -27,6 +27,7 @@ from trl_gspo.tasks import load_task
 
 CONFIG = Path(__file__).parents[1] / "configs" / "reasoning_tiny.yaml"
 STEPS, BATCH, LEARNING_RATE = 400, 64, 5e-3
+CORRUPTED = 0.5
 
 
 def prepare(seed: int, steps: int, config: str, folder: str | None) -> Path:
@@ -37,7 +38,7 @@ def prepare(seed: int, steps: int, config: str, folder: str | None) -> Path:
     tokenizer = make_tokenizer(string.ascii_letters + string.digits + string.punctuation + " ")
     model = make_model(tokenizer, hidden_size=64)
     pairs = [{"prompt": row["prompt"], "solution": row["answer"]} for row in rows]
-    batches = corrupted_answers(tokenizer, pairs, random.Random(seed), BATCH)
+    batches = corrupted_answers(tokenizer, pairs, random.Random(seed), BATCH, CORRUPTED)
     pretrain(model, batches, steps, LEARNING_RATE)
     base = Path(folder or model_args.model_name_or_path)
     model.save_pretrained(base)

@@ -1,5 +1,7 @@
+import importlib
 import json
 import logging
+import sys
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -408,6 +410,20 @@ def test_code_in_the_form_of_humaneval():
         task_arguments("code", dataset_name=path, system_prompt="", prompt_column="code_prefix"), True, False
     )
     assert plain[0][0]["prompt"].startswith("from typing import List")
+
+
+def test_a_changed_task_is_not_read_from_the_cache(tmp_path, monkeypatch):
+    path = str(write_jsonl(tmp_path / "rows.jsonl", ROWS))
+    monkeypatch.syspath_prepend(tmp_path)
+    for text in ("first", "second"):
+        (tmp_path / "changing_task.py").write_text(
+            f"from trl_gspo.tasks import Task\n\ndef convert(row):\n    return {{'prompt': '{text}'}}\n\n"
+            "TASK = Task({'reward_funcs': ['exact_match_reward']}, convert=convert)\n"
+        )
+        sys.modules.pop("changing_task", None)
+        importlib.invalidate_caches()
+        args = task_arguments("changing_task.TASK", dataset_name=path)
+        assert load_task(args, evaluation=False)[0]["prompt"][:] == [text] * 5
 
 
 def test_code_in_another_form_is_refused(tmp_path):

@@ -24,6 +24,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset, interleave_datasets, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
+from datasets.fingerprint import Hasher
 
 from .rewards import reasoning_dataset, reasoning_entry, reasoning_families
 
@@ -505,8 +506,13 @@ def _only_for(reward: Callable, tasks: frozenset[str]) -> Callable:
 
 def _to_rows(args: DataArguments, rows: Rows) -> Rows:
     convert = find_task(args.task).convert
-    if convert is not None:
+    if convert is not None and isinstance(rows, IterableDataset):
         rows = rows.map(convert)
+    elif convert is not None:
+        # `datasets` knows a function of a module by its name: without its source it would hand out what an earlier
+        # version of it made.
+        source = Path(inspect.getfile(convert)).read_bytes()
+        rows = rows.map(convert, new_fingerprint=Hasher.hash([rows._fingerprint, source]))
     return to_prompts(
         rows,
         args.prompt_column,
