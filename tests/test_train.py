@@ -571,9 +571,9 @@ def test_several_rewards_with_weights_end_to_end(model_path, tokenizer, tmp_path
     assert len({entry["rewards/judge/mean"] for entry in entries}) > 1
 
 
-def finished(argv, **options):
+def finished(argv, seconds=120, **options):
     process = launch(argv, **options)
-    printed, _ = process.communicate(timeout=120)
+    printed, _ = process.communicate(timeout=seconds)
     return process.returncode, printed
 
 
@@ -836,3 +836,21 @@ def test_the_grpo_example_of_trl_with_the_class_swapped(model_path, tmp_path):
     assert "train_runtime" in ran.stdout
     (saved,) = tmp_path.glob("*-GSPO/checkpoint-*")
     AutoModelForCausalLM.from_pretrained(saved)
+
+
+@pytest.mark.exhaustive
+def test_a_family_of_reasoning_gym_is_learnt(tmp_path):
+    """The run of docs/tasks.md, shorter: accuracy on words that neither training has seen rises."""
+    pytest.importorskip("reasoning_gym")
+    import reasoning
+
+    base, output = tmp_path / "base", tmp_path / "run"
+    config = ["--config", str(ROOT / "configs" / "reasoning_tiny.yaml"), "--output_dir", str(output)]
+    assert reasoning.main(["--folder", str(base)]) == 0
+    options = ["--model_name_or_path", str(base), "--max_steps", "120", "--eval_strategy", "no"]
+    returned, printed = finished([*config, *options], seconds=600)
+    assert returned == 0, printed
+    assert evaluate.main([*config, "--model_name_or_path", str(output), "--before", str(base)]) == 0
+    report = json.loads((output / "evaluation" / "report.json").read_text())
+    change = report["difference"]["1"]
+    assert report["problems"] == 512 and change["low"] > 0.1 and change["p_value"] < 1e-6, change
