@@ -524,7 +524,7 @@ def test_gsm8k_end_to_end_by_its_task(model_path, tmp_path):
     shared += arguments(max_completion_length=12)[2:]
     options = ["--num_train_samples", "48", "--max_steps", "4", "--num_eval_samples", "6", "--eval_strategy", "steps"]
     options += ["--eval_steps", "4", "--model_name_or_path", model_path]
-    returned, printed = finished([*shared, *options])
+    returned, printed = finished([*shared, *options], seconds=300)
     assert returned == 0, printed
     assert "task        gsm8k: prompt_column='question'" in printed
     state = json.loads((tmp_path / "trainer_state.json").read_text())
@@ -560,7 +560,7 @@ def test_several_rewards_with_weights_end_to_end(model_path, tokenizer, tmp_path
     small |= {"gradient_accumulation_steps": 1, "steps_per_generation": 2, "num_eval_samples": 8, "eval_steps": 2}
     small |= {"per_device_eval_batch_size": 32, "max_completion_length": 20}
     argv = [part for key, value in small.items() for part in (f"--{key}", str(value))]
-    returned, printed = finished(["--config", str(tmp_path / "c.yaml"), *argv])
+    returned, printed = finished(["--config", str(tmp_path / "c.yaml"), *argv], seconds=300)
     assert returned == 0, printed
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
     entries = [entry for entry in state["log_history"] if "reward" in entry]
