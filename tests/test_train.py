@@ -568,7 +568,7 @@ def test_several_rewards_with_weights_end_to_end(model_path, tokenizer, tmp_path
         means = [entry[f"rewards/{name}/mean"] for name in REWARDS_OF_A_SERVICE]
         total = sum(weight * mean for weight, mean in zip((1.0, 0.5, 0.5, 0.1), means, strict=True))
         assert entry["reward"] == pytest.approx(total, abs=1e-5)
-    assert len({entry["rewards/judge/mean"] for entry in entries}) > 1
+    assert all(entry["rewards/judge/mean"] != 0 for entry in entries) and entries
 
 
 def finished(argv, seconds=120, **options):
