@@ -1,6 +1,8 @@
 # make test    the tests
+# make test-exhaustive    the long ones, of which `make test` runs a part
 # make demo    trains a tiny model with GSPO on this machine's CPU: SEED=1 for another one
 # make lint    ruff
+# make quality    ruff, and a look at the advisories for the installed packages; AUDIT=required fails without network
 # make test-oldest-trl    the tests that compare with TRL, on the oldest TRL of the supported range
 # The environment is made in .venv on first use, with the versions in .ci/constraints.txt.
 
@@ -12,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 
 OLDEST_TRL := 1.14.2
 
-.PHONY: test test-oldest-trl demo lint clean
+.PHONY: test test-exhaustive test-oldest-trl demo lint audit quality clean
 
 $(VENV)/.done: pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,13 +22,18 @@ $(VENV)/.done: pyproject.toml .ci/constraints.txt
 	touch $@
 
 test: $(VENV)/.done
-	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not timing"
-	$(VENV)/bin/python -m pytest -m timing
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not timing and not exhaustive"
+	$(VENV)/bin/python -m pytest -m "timing and not exhaustive"
+
+# pytest ends with 5 where no test is marked with both.
+test-exhaustive: $(VENV)/.done
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "exhaustive and not timing"
+	$(VENV)/bin/python -m pytest -m "exhaustive and timing" || test $$? -eq 5
 
 # A copy of that TRL before the installed one on the path: the rest of the environment stays.
 test-oldest-trl: $(VENV)/.done
 	$(VENV)/bin/pip install --quiet --no-deps --upgrade --target $(VENV)/oldest-trl trl==$(OLDEST_TRL)
-	PYTHONPATH=$(VENV)/oldest-trl $(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not slow" tests/test_host.py tests/test_config.py tests/test_trainer.py tests/test_trainer_credit.py tests/test_trainer_rollout.py
+	PYTHONPATH=$(VENV)/oldest-trl $(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not exhaustive" tests/test_host.py tests/test_config.py tests/test_trainer.py tests/test_trainer_credit.py tests/test_trainer_rollout.py
 
 demo: $(VENV)/.done
 	$(VENV)/bin/python scripts/demo.py prepare --seed $(SEED)
@@ -37,6 +44,11 @@ demo: $(VENV)/.done
 lint: $(VENV)/.done
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+audit: $(VENV)/.done
+	$(VENV)/bin/python .ci/audit.py
+
+quality: lint audit
 
 clean:
 	rm -rf $(VENV) outputs

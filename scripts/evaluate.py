@@ -124,7 +124,7 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("trl_gspo").setLevel(logging.INFO)
     try:
-        args, training_args, model_args, _ = train.parse(argv, EvaluationArguments)
+        args, training_args, model_args, _ = train.parse(argv, script_type=EvaluationArguments)
         if training_args.world_size > 1:
             raise ValueError("This script runs in one process: start it with `python`, not with a launcher.")
         folder = find_report_dir(args, training_args.output_dir)

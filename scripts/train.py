@@ -16,10 +16,12 @@ after the damage: the output says which checkpoint is the last good one, and how
 false` turns it off; its bounds are the options `health_...`.
 
 Exit codes of this script: 0 done; 2 bad input, named in one line; 3 stopped by the health watch, or ended by weights
-that are not finite; 4 a reward function raised; 130 stopped by Ctrl-C, 143 by SIGTERM, both with a checkpoint; 1 any
-other error. Launchers have exit codes of their own (1 for all of ours but 0), and torchrun, which `accelerate launch`
-uses for several processes, kills the workers 30 seconds after it was told to stop. Where a step takes longer than
-that, signal a worker instead: all of them stop together.
+that are not finite; 4 a reward function raised, took too long, or returned what is no reward; 5 a checkpoint or the
+model could not be saved, for a full disk most often, and those saved before are whole; 130 stopped by Ctrl-C, 143 by
+SIGTERM, both with a checkpoint; 1 any other error. Launchers have exit codes of their own (1 for all of ours but 0),
+and torchrun, which `accelerate launch` uses for several processes, kills the workers 30 seconds after it was told to
+stop. Where a step takes longer than that, signal a worker instead: all of them stop together. docs/resume.md says what
+a resumed run takes up.
 """
 
 import argparse
@@ -28,11 +30,13 @@ import importlib.util
 import json
 import logging
 import os
+import pickle
 import re
 import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 import typing
@@ -44,17 +48,37 @@ import torch
 import yaml
 from datasets import Dataset
 from datasets.exceptions import DatasetNotFoundError
+from safetensors import SafetensorError
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoTokenizer, ProgressCallback, TrainerCallback
 from trl import GRPOConfig, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_gspo import GSPOConfig, GSPOTrainer
 from trl_gspo.callbacks import RewardProgressCallback, StopOnSignalCallback
+from trl_gspo.checkpoints import (
+    SavingError,
+    alarms_of,
+    fault_of,
+    is_complete,
+    is_disk_full,
+    last_good,
+    list_checkpoints,
+    save_model,
+    write_json,
+)
+from trl_gspo.checks import check_deepspeed_checkpoint
 from trl_gspo.cost import describe, run_cost
 from trl_gspo.curves import CurvesCallback
-from trl_gspo.health import HealthBounds, HealthWatchCallback, alarms_of, non_finite_weight, reward_that_raised
+from trl_gspo.health import HealthBounds, HealthWatchCallback, non_finite_weight, reward_that_raised
+from trl_gspo.placement import check_memory, connect_deepspeed, start_alone
 from trl_gspo.rewards import check_columns, load_reward
-from trl_gspo.tasks import DataArguments, defaults_of, find_task, load_task, scope_rewards
+from trl_gspo.saving import check_saving, merge_adapter
+from trl_gspo.secrets import is_secret, without_secret_words
+from trl_gspo.tasks import DataArguments, columns_of, defaults_of, find_task, load_task, scope_rewards
+
+
+# For trackers to send the last they have.
+SECONDS_TO_LEAVE = 60.0
 
 
 @dataclass
@@ -71,6 +95,11 @@ class ScriptArguments(DataArguments):
             Whether to warn of what goes wrong, and to stop a run that is past saving, by the bounds `health_...`.
         curves (`bool`, *optional*, defaults to `True`):
             Whether to keep `curves.png` in `output_dir` current, if matplotlib is installed.
+        memory_check (`bool`, *optional*, defaults to `True`):
+            Whether to refuse a run whose weights and optimizer cannot fit on the GPUs, before anything is loaded, and
+            to warn of one whose rollouts or updates may not.
+        merge_adapter (`bool`, *optional*, defaults to `False`):
+            Whether to save the model with the adapter added to its weights, too, in `merged` in `output_dir`.
         dry_run (`bool`, *optional*, defaults to `False`):
             Whether to print the effective configuration and what the run costs, and end. Reads the data, and loads no
             model. Without an accelerator it sets `use_cpu`, so that the configuration of a larger machine can be read.
@@ -93,6 +122,13 @@ class ScriptArguments(DataArguments):
         default=True,
         metadata={"help": "Whether to keep `curves.png` in `output_dir` current, if matplotlib is installed."},
     )
+    memory_check: bool = field(
+        default=True, metadata={"help": "Whether to refuse a run that cannot fit on the GPUs, before it is loaded."}
+    )
+    merge_adapter: bool = field(
+        default=False,
+        metadata={"help": "Whether to save the adapter merged into its model, too, in `merged` in `output_dir`."},
+    )
     dry_run: bool = field(
         default=False,
         metadata={"help": "Whether to print the effective configuration and what the run costs, and end."},
@@ -105,7 +141,8 @@ class ScriptArguments(DataArguments):
 class Parser(TrlParser):
     """TRL's parser, which also names the nearest known option for an unknown one, and checks the types in the YAML."""
 
-    def __init__(self, script_type: type = ScriptArguments):
+    def __init__(self, starts: bool = False, script_type: type = ScriptArguments):
+        self.starts = starts  # the training arguments start the process group: what it needs has to stand before
         super().__init__((script_type, GSPOConfig, ModelConfig, HealthBounds), allow_abbrev=False)
 
     def parse_args_and_config(self, args, **kwargs):
@@ -143,6 +180,8 @@ class Parser(TrlParser):
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
             raise ValueError(self._unknown([word for word in unknown if word.startswith("-")] or unknown))
+        if self.starts:
+            start_alone(namespace.deepspeed, namespace.use_cpu)
         return namespace, unknown
 
     def error(self, message):
@@ -163,7 +202,8 @@ class Parser(TrlParser):
                 config[key] = [str(value)]
             elif isinstance(value, (list, dict)):
                 if type(value).__name__ not in hint:
-                    raise ValueError(f"`{key}: {value!r}` is a {type(value).__name__}, and `{key}` takes one value.")
+                    shown = "<hidden>" if is_secret(key) else repr(value)
+                    raise ValueError(f"`{key}: {shown}` is a {type(value).__name__}, and `{key}` takes one value.")
             # argparse converts a default, and so complains about a wrong one, only where it is a string. A boolean
             # stays one where text is expected: TRL reads `scale_rewards: false` so.
             elif isinstance(value, (int, float)) and not (isinstance(value, bool) and action.type is str):
@@ -175,15 +215,24 @@ class Parser(TrlParser):
         messages = []
         for word in words:
             near = difflib.get_close_matches(word.lstrip("-").split("=")[0].replace("-", "_"), known, n=1)
-            messages.append(f"`{word}` is not an option{f', did you mean `{near[0]}`?' if near else '.'}")
+            shown = word.split("=")[0] if near and is_secret(near[0]) else word
+            messages.append(f"`{shown}` is not an option{f', did you mean `{near[0]}`?' if near else '.'}")
         return " ".join(messages)
 
 
+def config_file(argv: list[str]) -> str | None:
+    """The YAML file that is named on the command line."""
+    words = [part for word in argv for part in word.split("=", 1)]
+    return words[words.index("--config") + 1] if "--config" in words[:-1] else None
+
+
 def parse(
-    argv: list[str], script_type: type = ScriptArguments
+    argv: list[str], starts: bool = False, script_type: type = ScriptArguments
 ) -> tuple[ScriptArguments, GSPOConfig, ModelConfig, HealthBounds]:
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    parser = Parser(script_type)
+    if argv[-1:] == ["--config"]:
+        raise ValueError("`--config` needs the path of a YAML file.")
+    parser = Parser(starts, script_type)
     script_args, training_args, model_args, bounds = parser.parse_args_and_config(argv)
     script_args.given = parser.given
     if model_args.model_name_or_path is None:
@@ -199,6 +248,12 @@ def find_checkpoint(script_args: ScriptArguments, training_args: GSPOConfig) -> 
     if training_args.resume_from_checkpoint is not None:
         if not os.path.isdir(training_args.resume_from_checkpoint):
             raise FileNotFoundError(f"`resume_from_checkpoint={training_args.resume_from_checkpoint}` is no folder.")
+        fault = fault_of(training_args.resume_from_checkpoint)
+        if fault is not None:
+            raise ValueError(
+                f"`resume_from_checkpoint={training_args.resume_from_checkpoint}` is not whole: {fault}. --resume in "
+                "its place goes on from the last whole checkpoint in `output_dir`."
+            )
         return training_args.resume_from_checkpoint
     output_dir = training_args.output_dir
     if os.path.isfile(output_dir):
@@ -208,7 +263,7 @@ def find_checkpoint(script_args: ScriptArguments, training_args: GSPOConfig) -> 
         good = last_good(checkpoints)
         for checkpoint in checkpoints[: checkpoints.index(good) if good else None]:
             alarms = ", ".join(alarms_of(checkpoint))
-            note = f"was saved near an alarm ({alarms})" if alarms else "is incomplete"
+            note = f"was saved near an alarm ({alarms})" if alarms else f"is incomplete ({fault_of(checkpoint)})"
             print(f"{checkpoint} {note} and passed over.")
         if good is not None:
             return str(good)
@@ -228,25 +283,9 @@ def find_checkpoint(script_args: ScriptArguments, training_args: GSPOConfig) -> 
     return None
 
 
-def list_checkpoints(output_dir: str) -> list[Path]:
-    """The checkpoint folders of a run, newest first."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[-1]), reverse=True)
-
-
-def is_complete(checkpoint: Path) -> bool:
-    """Whether the Trainer finished writing a checkpoint: this file is its last."""
-    return (checkpoint / "trainer_state.json").is_file()
-
-
-def last_good(checkpoints: list[Path]) -> Path | None:
-    """The first complete one that the health watch has not marked."""
-    return next((path for path in checkpoints if is_complete(path) and not alarms_of(path)), None)
-
-
 def resume_command(argv: list[str], training_args: GSPOConfig, checkpoint: Path | None = None) -> str:
     """The command that goes on from `checkpoint`, by default the last good one, of the run that `argv` started."""
-    words = ["accelerate", "launch", sys.argv[0], *argv]
+    words = ["accelerate", "launch", sys.argv[0], *without_secret_words(argv)]
     if checkpoint is not None or training_args.resume_from_checkpoint is not None:
         # Of two the last wins; `true` means the same as `--resume`.
         return shlex.join([*words, "--resume_from_checkpoint", str(checkpoint or "true")])
@@ -271,9 +310,13 @@ def advise(argv: list[str], training_args: GSPOConfig) -> str:
 
 def explain(error: Exception, trainer: GSPOTrainer, rewards: list) -> tuple[int, str]:
     """Exit code and cause of an error that ended the training; 1 and no cause where it is none that we know."""
+    if isinstance(error, SavingError):
+        return 5, str(error)
     culprit = reward_that_raised(error, rewards)
     if culprit is not None:
         return 4, f"{culprit} raised {type(error).__name__}: {error}".rstrip(".") + "."
+    if is_disk_full(error):  # of a table of completions, say
+        return 5, f"the disk, a quota or a file is full: {error}".rstrip(".") + "."
     if "CUDA error" in str(error):  # nothing on the GPU can be read any more
         return 1, "the GPU reported an error. While sampling, a device-side assert means that the weights hold NaN."
     weight = non_finite_weight(trainer.model)
@@ -291,6 +334,17 @@ def is_finished(checkpoint: str, training_args: GSPOConfig) -> bool:
     return state["global_step"] >= wanted
 
 
+def has_model_of(checkpoint: str, output_dir: str) -> bool:
+    """Whether the run was ended at this checkpoint, and its model saved since: `summary.json` is the last file."""
+    state, summary = Path(checkpoint) / "trainer_state.json", Path(output_dir) / "summary.json"
+    if not summary.is_file() or summary.stat().st_mtime < state.stat().st_mtime:
+        return False
+    try:
+        return json.loads(summary.read_text())["steps"] == json.loads(state.read_text())["global_step"]
+    except (ValueError, KeyError):
+        return False
+
+
 def load_data(script_args: ScriptArguments, training_args: GSPOConfig):
     if script_args.dataset_streaming and training_args.max_steps <= 0:
         raise ValueError("`dataset_streaming` needs `max_steps`: a stream has no length.")
@@ -300,7 +354,12 @@ def load_data(script_args: ScriptArguments, training_args: GSPOConfig):
 def load_rewards(script_args: ScriptArguments, training_args: GSPOConfig) -> list:
     """The rewards of `reward_funcs`, those of a mixture kept to their tasks."""
     rewards = [
-        load_reward(name, (script_args.reward_kwargs or {}).get(name), training_args.max_completion_length)
+        load_reward(
+            name,
+            (script_args.reward_kwargs or {}).get(name),
+            training_args.max_completion_length,
+            script_args.allow_code_execution,
+        )
         for name in script_args.reward_funcs
     ]
     return scope_rewards(script_args, rewards)
@@ -455,7 +514,11 @@ def make_trainer(training_args, model_args, rewards, train_dataset, eval_dataset
             quantization_config=get_quantization_config(model_args),
             peft_config=get_peft_config(model_args),
         )
-    except OSError as error:  # transformers' own does not always name what it looked for
+    except (
+        OSError,
+        SafetensorError,
+        pickle.UnpicklingError,
+    ) as error:  # transformers' own does not always name what it looked for
         raise OSError(
             f"The model {model_args.model_name_or_path!r} or a reward model cannot be loaded: {error}"
         ) from error
@@ -470,7 +533,12 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("trl_gspo").setLevel(logging.INFO)  # what goes through the model, and why
     try:
-        script_args, training_args, model_args, bounds = parse(argv)
+        script_args, training_args, model_args, bounds = parse(argv, starts=True)
+        sys.argv[1:] = without_secret_words(sys.argv[1:])  # which Weights & Biases uploads
+        check_saving(training_args, model_args, script_args.merge_adapter)
+        if script_args.memory_check:
+            check_memory(training_args, model_args, config_file(argv))
+        connect_deepspeed(training_args)
         checkpoint = None if script_args.dry_run else find_checkpoint(script_args, training_args)
         print_task(script_args)
         rewards, why_not = load_rewards(script_args, training_args), ""
@@ -482,20 +550,24 @@ def main(argv: list[str]) -> int:
             train_dataset, eval_dataset, why_not = None, None, str(error)
         for rows in filter(None, (train_dataset, eval_dataset)):
             for reward in rewards:
-                check_columns(reward, rows.column_names or list(next(iter(rows))))
+                check_columns(reward, columns_of(rows))
         if script_args.dry_run:
             parsed = (script_args, training_args, model_args, bounds)
             print_dry_run(*parsed, train_dataset, eval_dataset, why_not)
             return 0
         if checkpoint is not None and is_finished(checkpoint, training_args):
-            print(f"{checkpoint} is the end of this run. To train on, set a larger `max_steps`.")
-            return 0
+            if has_model_of(checkpoint, training_args.output_dir):
+                print(f"{checkpoint} is the end of this run. To train on, set a larger `max_steps`.")
+                return 0
+            print(f"{checkpoint} is the end of this run, whose model was not saved to its end: that is done now.")
         stop, health = StopOnSignalCallback(), HealthWatchCallback(bounds)
         # The watch after the signals: it has the last word on a checkpoint.
         callbacks = [ResumedLearningRateCallback(), stop, *([health] if script_args.health_watch else [])]
         if script_args.curves and importlib.util.find_spec("matplotlib") is not None:
             callbacks.append(CurvesCallback())
         trainer = make_trainer(training_args, model_args, rewards, train_dataset, eval_dataset, callbacks)
+        if checkpoint is not None and trainer.is_deepspeed_enabled:
+            check_deepspeed_checkpoint(checkpoint)
     except (ValueError, OSError, ImportError, yaml.YAMLError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"train.py: {error}", file=sys.stderr)
@@ -510,16 +582,7 @@ def main(argv: list[str]) -> int:
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)
     except Exception as error:
-        code, cause = explain(error, trainer, rewards)
-        if code == 3 and script_args.health_watch:
-            health.mark_untrusted(training_args, "not finite")
-        traceback.print_exc()
-        print(
-            f"\nThe run ended after step {trainer.state.global_step}{f': {cause}' if cause else '.'} "
-            f"{advise(argv, training_args)}",
-            file=sys.stderr,
-        )
-        return code
+        return fail(error, trainer, rewards, health, argv)
     if health.stopped is not None:
         trainer.accelerator.print(
             f"Stopped by the health watch at step {trainer.state.global_step}: {health.stopped}. "
@@ -536,29 +599,62 @@ def main(argv: list[str]) -> int:
         finish(trainer)
         return 128 + stop.signum
 
-    trainer.save_model(training_args.output_dir)
-    trainer.save_state()
     # A local path means nothing to a reader of the card, and is nobody's business.
     dataset_name = script_args.dataset_name
     dataset_name = None if dataset_name is None or os.path.exists(dataset_name) else dataset_name
-    trainer.create_model_card(model_name=output_dir.name, dataset_name=dataset_name)
-    if trainer.is_world_process_zero():
-        args = training_args
-        summary = summarize(
-            trainer.state.log_history,
-            max(args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps, 1),
-            model=model_args.model_name_or_path,
-            output_dir=str(output_dir),
-            steps=trainer.state.global_step,
-            train_seconds=round(result.metrics["train_runtime"], 1),
-            seconds=round(time.time() - started, 1),
+    try:
+        save_model(
+            output_dir,
+            lambda folder: trainer.save_model(folder, _internal_call=True),
+            trainer.accelerator,
+            training_args.should_save,
         )
-        (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        report(summary)
+        trainer.save_state()
+        trainer.create_model_card(model_name=output_dir.name, dataset_name=dataset_name)
+        if trainer.is_world_process_zero():
+            args = training_args
+            summary = summarize(
+                trainer.state.log_history,
+                max(args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps, 1),
+                model=model_args.model_name_or_path,
+                output_dir=str(output_dir),
+                steps=trainer.state.global_step,
+                train_seconds=round(result.metrics["train_runtime"], 1),
+                seconds=round(time.time() - started, 1),
+            )
+            write_json(output_dir / "summary.json", summary)  # the last file: see `has_model_of`
+            report(summary)
+    except Exception as error:
+        return fail(error, trainer, rewards, health, argv)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
     finish(trainer)
+    # By the first process alone, after the others have nothing left to wait for.
+    if script_args.merge_adapter and os.environ.get("RANK", "0") == "0":
+        merge_adapter(
+            output_dir,
+            output_dir / "merged",
+            model_args.model_name_or_path,
+            model_args.model_revision,
+            model_args.dtype,
+            getattr(training_args, "trust_remote_code", False),
+        )
+        print(f"{'merged':12}{output_dir / 'merged'}")
     return 0
+
+
+def fail(error: Exception, trainer: GSPOTrainer, rewards: list, health: HealthWatchCallback, argv: list[str]) -> int:
+    """Says what ended the run, and how to go on; returns the exit code."""
+    code, cause = explain(error, trainer, rewards)
+    if code == 3 and health in trainer.callback_handler.callbacks:
+        health.mark_untrusted(trainer.args, "not finite")
+    traceback.print_exc()
+    print(
+        f"\nThe run ended after step {trainer.state.global_step}{f': {cause}' if cause else '.'} "
+        f"{advise(argv, trainer.args)}",
+        file=sys.stderr,
+    )
+    return code
 
 
 def finish(trainer: GSPOTrainer) -> None:
@@ -575,5 +671,14 @@ def report(summary: dict) -> None:
     print(f"{'saved':12}{summary['output_dir']} (model, tokenizer, model card, trainer_state.json, summary.json)")
 
 
+def leave(code: int) -> typing.NoReturn:
+    """Ends the process, even if a reward function that took too long left threads that Python would wait for."""
+    if code == 4:
+        timer = threading.Timer(SECONDS_TO_LEAVE, os._exit, [code])
+        timer.daemon = True
+        timer.start()
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -1,10 +1,14 @@
 """Tiny models and data for all tests: made once a session, nothing is downloaded."""
 
 import os
+from pathlib import Path
 
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Rewards such as `tests.varied_reward.share_of_digits` are imported from Python's path, in processes of tests too.
+ROOT = str(Path(__file__).parents[1])
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import pytest  # noqa: E402 - the environment has to stand before anything of Hugging Face is imported

@@ -35,6 +35,7 @@ DEFAULTS = {
     "pack_live_tokens": True,
     "use_rollout_logps": False,
     "log_expert_change": False,
+    "reward_timeout": 1500.0,
 }
 # Fields that TRL has not.
 OWN = list(DEFAULTS)[list(DEFAULTS).index("step_discount") :]

@@ -1,18 +1,22 @@
-"""`GSPOTrainer` on two processes, under each way to share a model out: the same training as without packing."""
+"""
+`GSPOTrainer.train` on every engine against one process: the same loss, gradient norm, weights and metrics after four
+optimizer steps on the same rollouts. What is trained, and what may differ, is in engines.py.
 
-import collections
-import os
-from pathlib import Path
+All cases of an engine's launch run one after the other in its processes, once a session; each test reads its own.
+"""
+
+import itertools
+import json
+import sys
+from collections import Counter, defaultdict
 
 import pytest
 import torch
-from datasets import Dataset
-from ranks import run_on_two_ranks
-from test_trainer import backward, build, make_batch, text
-from tiny import make_tokenizer, sorting_rows
-from transformers import AutoModelForCausalLM
+from engines import ENGINES, GRAD_NORM, LOSS, SCRIPT, UNITS, WEIGHTS, Case, differences, load, place, run_cases
+from filelock import FileLock  # a requirement of torch
+from ranks import PATIENCE, run_on_ranks
+from tiny import make_model
 
-from trl_gspo import GSPOTrainer
 from trl_gspo.host import HAS_FUSED_HEAD
 
 
@@ -21,227 +25,180 @@ pytestmark = [
     pytest.mark.skipif(not HAS_FUSED_HEAD, reason="rows are packed from TRL 1.15"),
 ]
 
-# Two rollout batches of eight groups, and two optimizer steps of two micro-batches on each. Plain gradient descent:
-# Adam would make whole steps of rounding.
-SCRIPT = dict(
-    per_device_train_batch_size=4,
-    gradient_accumulation_steps=2,
-    steps_per_generation=4,
-    max_steps=4,
-    max_completion_length=48,
-    optim="sgd",
-    learning_rate=0.5,
-    lr_scheduler_type="constant",
-    max_grad_norm=1e9,
-)
+# What `make test` runs: each engine with each model, and over all of them each unit, rollout and way.
+REDUCED = [
+    Case("one", "dense", "sequence", "mixed", is_packed=True),
+    Case("one", "moe", "turn", "dead", is_packed=True),
+    Case("one_accumulating", "dense", "sequence_token", "mixed"),
+    Case("one_accumulating", "moe", "sequence", "mixed"),
+    Case("ddp", "dense", "turn", "mixed", is_packed=True, option="target"),
+    Case("ddp", "moe", "sequence", "dead"),
+    Case("zero_1", "dense", "sequence_token", "mixed"),
+    Case("zero_1", "moe", "turn", "dead", is_packed=True),
+    Case("zero_2", "dense", "turn", "dead"),
+    Case("zero_2", "moe", "sequence", "mixed", is_packed=True),
+    Case("zero_3", "dense", "sequence", "dead", is_packed=True),
+    Case("zero_3", "moe", "sequence_token", "mixed"),
+    Case("zero_3", "dense", "turn", "mixed", option="kl"),
+    Case("zero_2", "moe", "sequence", "mixed", option="router"),
+    Case("fsdp_2", "dense", "sequence_token", "mixed"),
+    Case("fsdp_2", "moe", "turn", "dead", is_packed=True),
+    Case("two_machines", "dense", "sequence", "dead", is_packed=True),
+    Case("two_machines_zero_3", "moe", "turn", "dead"),
+    Case("ddp", "dense", "turn", "mixed", is_adapter=True),
+    Case("ddp", "moe", "sequence", "mixed", is_packed=True, is_adapter=True),
+    Case("zero_2", "dense", "turn", "mixed", is_packed=True, is_adapter=True),
+    Case("zero_2", "moe", "sequence", "mixed", is_adapter=True),
+    Case("zero_3", "dense", "turn", "mixed", is_adapter=True),
+    Case("zero_3", "moe", "sequence", "mixed", is_packed=True, is_adapter=True),
+]
+MODELS = ("dense", "moe")
+RANKS = ("ddp", "zero_1", "zero_2", "zero_3", "fsdp_2", "two_machines", "two_machines_zero_3")
+ADAPTED = ("one", "one_accumulating", "ddp", "zero_2", "zero_3", "two_machines")
+OPTED = ("ddp", "zero_2", "zero_3")
+BOTH = (False, True)
+EVERY = [
+    Case(*fields)
+    for fields in itertools.chain(
+        itertools.product(("one", "one_accumulating", *RANKS), MODELS, UNITS, ("mixed", "dead"), BOTH),
+        itertools.product(ADAPTED, MODELS, UNITS, ("mixed",), BOTH, (True,)),
+        itertools.product(OPTED, MODELS, UNITS, ("mixed",), BOTH, (False,), ("kl", "target")),
+        itertools.product(OPTED, MODELS, ("sequence",), ("mixed",), BOTH, (True,), ("kl",)),
+        itertools.product(OPTED, ("moe",), UNITS, ("mixed",), BOTH, (False,), ("router",)),
+    )
+]
+ON_GPU = [Case("cuda_fsdp_2", model, unit, is_packed=way) for model in MODELS for unit in UNITS for way in BOTH]
+CASES = [*REDUCED, *(case for case in EVERY if case not in REDUCED and case != case.reference), *ON_GPU]
 
 
-def zero(stage):
-    return {
-        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_allow_untested_optimizer": True,
-        "train_micro_batch_size_per_gpu": "auto",
-        "train_batch_size": "auto",
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto",
-    }
+def of_cases(wants=lambda case: True):
+    """Runs a test for each case that it wants: most of them in the exhaustive run alone."""
+    needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+    marks = {case: pytest.mark.exhaustive for case in EVERY if case not in REDUCED} | dict.fromkeys(ON_GPU, needs_gpu)
+    cases = [pytest.param(case, marks=marks.get(case, ()), id=str(case)) for case in CASES if wants(case)]
+    return pytest.mark.parametrize("case", cases)
 
 
-ENGINES = {"ddp": {}, "zero_2": {"deepspeed": zero(2)}, "zero_3": {"deepspeed": zero(3)}}
-# The first is what the others must match. With `own_rows`, rows stay on their rank: one has live rows, the other none.
-RUNS = {
-    "whole": {"pack_live_tokens": False},
-    **ENGINES,
-    **{f"{name}_own_rows": {"own_rows": True} | options for name, options in ENGINES.items()},
-}
-PACKED = [name for name in RUNS if name != "whole"]
-SEEN_BY_ALL = ("gspo/", "reward", "loss", "grad_norm", "clip_ratio/low_mean", "clip_ratio/high_mean")
+def is_on_two_ranks(case):
+    return ENGINES[case.engine].ranks == 2
 
 
-def letters_of_second_rank(completions, **_):
-    """The share of lowercase letters; on the first rank 0, so that all of its groups are dead."""
-    rewards = [sum(character.islower() for character in text(one)) / max(len(text(one)), 1) for one in completions]
-    return [reward * int(os.environ["RANK"]) for reward in rewards]
+@pytest.fixture(scope="session")
+def results(request, tokenizer, tmp_path_factory):
+    """Gives the results of all ranks for a case. Two workers of pytest share them, and wait for one another."""
+    module, folder = sys.modules[__name__], tmp_path_factory.getbasetemp()
+    folder = (folder.parent if hasattr(request.config, "workerinput") else folder) / "engines"
+    wanted = [item.callspec.params["case"] for item in request.session.items if item.module is module]
+    launches = defaultdict(list)
+    for one in dict.fromkeys(one for case in wanted for one in (case.reference, case)):
+        launches[place(one)].append(one)
+
+    def of(case):
+        launch = folder / place(case)
+        launch.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "lock"):
+            if not (launch / "cases.json").exists():
+                _launch(launches[place(case)], launch, folder / "models", tokenizer)
+        rank_files = [launch / f"{case}.{rank}.pt" for rank in range(ENGINES[case.engine].ranks)]
+        if not all(path.exists() for path in rank_files):
+            reached = {path.stem: path.read_text() for path in sorted(launch.glob("at_*.txt"))}
+            pytest.fail(f"{place(case)} broke off at {reached}:\n{(launch / 'error.txt').read_text()}", pytrace=False)
+        return load(folder, case)
+
+    return of
 
 
-def prompts_of_many_lengths():
-    """TRL pads prompts to the longest of a rank's rollout batch, which is then another on each rank."""
-    return Dataset.from_list([sorting_rows(1, seed=row, digits=3 + row % 7)[0] for row in range(64)])
+def _launch(cases, launch, models, tokenizer):
+    if not models.exists():
+        for name in MODELS:
+            torch.manual_seed(0)
+            make_model(tokenizer, moe=name == "moe").save_pretrained(models / name)
+            tokenizer.save_pretrained(models / name)
+    (launch / "cases.json").write_text(json.dumps(cases))
+    engine = ENGINES[cases[0].engine]
+    script = launch / "script"
+    script.mkdir()
+    size = dict(ranks=engine.launched, machines=engine.machines)
+    try:
+        run_on_ranks(run_cases, script, launch, models, **size, patience=PATIENCE + 15 * len(cases))
+    except AssertionError as error:
+        (launch / "error.txt").write_text(str(error))
 
 
-class RecordingTrainer(GSPOTrainer):
-    """Keeps the rows of each optimizer step, and counts the tokens of each forward of the loss."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.rows, self.tokens, self.own_rows = [], [], False
-        self.model.register_forward_pre_hook(self._count, with_kwargs=True)
-
-    def _count(self, module, args, kwargs):
-        if self._loss_inputs is not None:
-            self.tokens.append(kwargs["input_ids"].numel())
-
-    def _balanced(self, batches):
-        return batches if self.own_rows else super()._balanced(batches)
-
-    def _compute_loss(self, model, inputs):
-        prompts = [ids[mask.bool()] for ids, mask in zip(inputs["prompt_ids"], inputs["prompt_mask"], strict=True)]
-        completions = zip(inputs["completion_ids"], inputs["completion_mask"], strict=True)
-        completions = [ids[mask.bool()] for ids, mask in completions]
-        for prompt, completion, advantage in zip(prompts, completions, inputs["advantages"], strict=True):
-            row = (*prompt.tolist(), "->", *completion.tolist(), round(advantage.item(), 5))
-            self.rows.append((self.state.global_step, row))
-        return super()._compute_loss(model, inputs)
+# ---- each training against one process
 
 
-def whole_weights(trainer):
-    parameters = list(trainer.accelerator.unwrap_model(trainer.model).parameters())
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters([one for one in parameters if hasattr(one, "ds_id")]):
-        return torch.cat([parameter.detach().flatten() for parameter in parameters])
-
-
-def train_on_rank(output_dir, model_path):
-    """Run by each of two processes: all of `RUNS`, one after the other."""
-    import deepspeed
-    from accelerate.state import AcceleratorState
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    deepspeed.comm.init_distributed("gloo")
-    results = {}
-    for name, options in RUNS.items():
-        options = {"pack_live_tokens": True, "router_aux_loss_coef": 0.0} | SCRIPT | options
-        own_rows = options.pop("own_rows", False)
-        dataset, reward = prompts_of_many_lengths(), letters_of_second_rank
-        trainer = build(
-            RecordingTrainer, output_dir, model=model_path, train_dataset=dataset, reward_funcs=reward, **options
-        )
-        trainer.own_rows = own_rows
-        start = whole_weights(trainer)
-        trainer.train()
-        results[name] = dict(
-            moved=whole_weights(trainer) - start,
-            logs=[entry for entry in trainer.state.log_history if "loss" in entry],
-            rows=trainer.rows,
-            tokens=trainer.tokens,
-            way=trainer._scorer.way,
-            engine=trainer.accelerator.distributed_type.value,
-        )
-        unset_hf_deepspeed_config()
-        AcceleratorState._reset_state(True)
-        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
-    results["fsdp"] = shard(output_dir, model_path)
-    torch.save(results, Path(output_dir) / f"rank_{os.environ['RANK']}.pt")
+@of_cases()
+def test_loss_gradient_norm_and_weights_are_those_of_one_process(case, results):
+    found, references = results(case), results(case.reference)
+    assert all(torch.equal(one["start"], references[0]["start"]) for one in found)
+    assert all(torch.equal(one["moved"], found[0]["moved"]) for one in found)
+    measured = differences(case, found, references)
+    assert measured["weights"] < WEIGHTS and measured["loss"] < LOSS and measured["grad_norm"] < GRAD_NORM, measured
 
 
-def shard(output_dir, model_path):
-    """Gradients of a model of shards, packed, and of a whole one, whole; only the second rank's rows are live."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    rank, gradients = int(os.environ["RANK"]), []
-    for is_packed in (False, True):
-        script = dict(model=model_path, train_dataset=Dataset.from_list(sorting_rows(64, seed=0)))
-        trainer = build(GSPOTrainer, output_dir, **script, pack_live_tokens=is_packed, router_aux_loss_coef=0.0)
-        if not is_packed:
-            batches = [make_batch(trainer, seed=2 * rank + index) for index in range(2)]
-            for batch in batches:
-                batch["advantages"] = batch["advantages"] * rank
-        else:
-            mesh = init_device_mesh("cpu", (2,))
-            for layer in trainer.model.model.layers:
-                fully_shard(layer, mesh=mesh)
-            fully_shard(trainer.model, mesh=mesh)
-            trainer._find_way()
-        _, found, _ = backward(trainer, batches)
-        found = {name: one.full_tensor() if is_packed else one for name, one in found.items()}
-        gradients.append(found)
-    return {"whole": gradients[0], "packed": gradients[1], "way": trainer._scorer.way}
+@of_cases()
+def test_metrics_are_those_of_one_process(case, results):
+    found, references = results(case), results(case.reference)
+    measured = differences(case, found, references)
+    assert {key: value for key, value in measured.items() if "/" in key or key == "reward"}  # some are compared
+    too_far = {key: value for key, value in measured.items() if key not in ("weights", "loss", "grad_norm")}
+    assert not {key: value for key, value in too_far.items() if not value <= 1}
+    # Of other micro-batches, see engines.py.
+    for entry, expected in zip(found[0]["logs"], references[0]["logs"], strict=True):
+        assert entry["entropy"] == pytest.approx(expected["entropy"], rel=2e-2)
 
 
-@pytest.fixture(scope="module", params=["dense", "moe"])
-def ranks(request, tokenizer, model_path, moe_path, tmp_path_factory):
-    """What the two processes found, for a model whose completions have many lengths."""
-    folder = tmp_path_factory.mktemp("engines")
-    model = AutoModelForCausalLM.from_pretrained(model_path if request.param == "dense" else moe_path)
-    ends = tokenizer.convert_tokens_to_ids(list("ABCDE"))
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *ends]
-    model.save_pretrained(folder / "model")
-    make_tokenizer().save_pretrained(folder / "model")
-    run_on_two_ranks(train_on_rank, folder, folder, folder / "model")
-    return [torch.load(folder / f"rank_{rank}.pt") for rank in range(2)]
+@of_cases()
+def test_rows_of_each_step_are_those_of_one_process(case, results):
+    def rows(case):
+        return Counter(row for one in results(case) for row in one["rows"])
+
+    found, references = rows(case), rows(case.reference)
+    assert found == references and found.total() == 4 * 12
 
 
-def test_runs_are_what_they_say(ranks):
-    for results in ranks:
-        assert results["whole"]["way"] == "whole"
-        assert all(results[name]["way"] == "packed" for name in (*PACKED, "fsdp"))
-        engines = {name: results[name]["engine"] for name in RUNS}
-        assert all((engine == "DEEPSPEED") == name.startswith("zero") for name, engine in engines.items())
-        assert all(engine == "MULTI_CPU" for name, engine in engines.items() if not name.startswith("zero"))
-    live = [entry["gspo/live_fraction"] for entry in ranks[0]["whole"]["logs"]]
-    assert len(live) == 4 and max(live) < 0.9 and min(live) > 0.2
-    assert max(entry["gspo/clip_fraction/sequences"] for entry in ranks[0]["whole"]["logs"]) > 0
+@of_cases()
+def test_the_engine_is_what_it_says(case, results):
+    for one in results(case):
+        expected = case.engine.removeprefix("cuda_").removeprefix("two_machines_").replace("two_machines", "ddp")
+        assert one["engine"] == expected.replace("one_accumulating", "one")
+        assert one["way"] == ("packed" if case.is_packed else "whole")
 
 
-@pytest.mark.parametrize("name", PACKED)
-def test_weights_are_those_without_packing(name, ranks):
-    expected = ranks[0]["whole"]["moved"]
-    for results in ranks:
-        assert (results[name]["moved"] - expected).norm() < 1e-5 * expected.norm()
-
-
-@pytest.mark.parametrize("name", PACKED)
-def test_metrics_are_those_without_packing(name, ranks):
-    logs, expected_logs = ranks[0][name]["logs"], ranks[0]["whole"]["logs"]
-    assert len(logs) == len(expected_logs) == 4
-    for entry, expected in zip(logs, expected_logs, strict=True):
-        assert entry.keys() == expected.keys()
-        for key in entry:
-            if key.startswith(SEEN_BY_ALL) and expected[key] is None:  # no spread to correlate with
-                assert entry[key] is None, key
-            elif key.startswith(SEEN_BY_ALL):
-                assert entry[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), key
-        # That of dead rows is taken to be the mean of the live ones.
-        assert entry["entropy"] == pytest.approx(expected["entropy"], rel=1e-2)
-
-
-@pytest.mark.parametrize("name", PACKED)
-def test_rows_of_a_step_are_those_drawn(name, ranks):
-    def drawn(name):
-        return collections.Counter(row for results in ranks for row in results[name]["rows"])
-
-    rows = drawn(name)
-    assert rows == drawn("whole") and rows.total() == 2 * 4 * 2 * 4
-    is_moved = [set(results[name]["rows"]) != set(results["whole"]["rows"]) for results in ranks]
-    assert is_moved == [not name.endswith("own_rows")] * 2
-
-
-@pytest.mark.parametrize("name", ENGINES)
-def test_ranks_score_about_as_many_tokens(name, ranks):
-    tokens = [results[name]["tokens"] for results in ranks]
+@of_cases(lambda case: case.is_packed and case.rollout == "mixed" and is_on_two_ranks(case))
+def test_ranks_score_about_as_many_tokens(case, results):
+    tokens = [one["tokens"] for one in results(case)]
+    (whole,) = results(case.reference)
     # One forward for each micro-batch: ranks that run more would wait for the others for ever.
     assert [len(one) for one in tokens] == [8, 8]
-    # The fullest first, and beside one another: the two parts of a step of each rank, as they run.
-    for start in range(0, 8, 2):
-        parts = [one[place] for place in (start, start + 1) for one in tokens]
-        assert parts == sorted(parts, reverse=True)
-    first, second = map(sum, tokens)
-    assert max(first, second) < 1.15 * min(first, second)
-    own = [results[f"{name}_own_rows"]["tokens"] for results in ranks]
-    assert own[0] == [2] * 8 and sum(own[1]) == first + second
-    assert 2 * (first + second) < sum(sum(results["whole"]["tokens"]) for results in ranks)
+    assert sum(map(sum, tokens)) < 0.6 * sum(whole["tokens"])
+    if case.option in ("", "target"):  # where rows may move between micro-batches and all that is dead is left out
+        # The fullest first, and beside one another: the two parts of a step of each rank, as they run.
+        for start in range(0, 8, 2):
+            parts = [one[place] for place in (start, start + 1) for one in tokens]
+            assert parts == sorted(parts, reverse=True)
+        first, second = map(sum, tokens)
+        assert max(first, second) < 1.3 * min(first, second)
 
 
-def test_gradients_of_shards_are_those_of_the_whole_model(ranks):
-    first, second = (results["fsdp"] for results in ranks)
-    assert first["packed"].keys() == first["whole"].keys()
-    for name, gradient in first["packed"].items():
-        # Shards have the mean of what the ranks found.
-        expected = (first["whole"][name] + second["whole"][name]) / 2
-        assert not first["whole"][name].any()
-        assert torch.equal(gradient, second["packed"][name])
-        assert (gradient - expected).norm() <= 1e-5 * expected.norm() + 1e-9, name
-    assert max(gradient.norm() for gradient in second["packed"].values()) > 1e-4
+# ---- what makes the comparison worth something
+
+
+@of_cases()
+def test_the_trainings_are_what_they_say(case, results):
+    (reference,) = results(case.reference)
+    live = Counter(step for step, is_live, _ in reference["rows"] if is_live)
+    if case.rollout == "dead":
+        assert [live[step] for step in range(3)] == [1, 0, 0] and live[3] >= 3
+    else:
+        assert all(4 <= live[step] < 12 for step in range(4))
+        assert any(not trained for _, _, (_, trained, _) in reference["rows"])
+        assert max(entry["gspo/clip_fraction/sequences"] for entry in reference["logs"]) > 0.1
+        is_clipped = [entry["grad_norm"] > SCRIPT["max_grad_norm"] for entry in reference["logs"]]
+        assert (any(is_clipped) or case.is_adapter) and not all(is_clipped)
+    if case.rollout == "dead" and not case.is_packed and is_on_two_ranks(case):
+        ranks = results(case)
+        assert [{step for step, is_live, _ in one["rows"] if is_live} for one in ranks] == [{0}, {3}]
+        assert case.unit != "turn" or [one["most_turns"] for one in ranks] == [4, 2]
+    assert reference["moved"].norm() > 0.1

@@ -112,7 +112,7 @@ def test_a_training_config_and_a_lora_adapter(model_path, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     inputs = tokenizer(rows[0]["row"]["prompt"], return_tensors="pt", return_token_type_ids=False)
     model, _ = evaluate.load_model(
-        str(tmp_path / "adapter"), *evaluate.train.parse(argv, evaluate.EvaluationArguments)[1:3]
+        str(tmp_path / "adapter"), *evaluate.train.parse(argv, script_type=evaluate.EvaluationArguments)[1:3]
     )
     assert model(**inputs).logits.allclose(adapter(**inputs).logits, atol=1e-5)
 

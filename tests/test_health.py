@@ -13,13 +13,8 @@ import torch
 from torch import nn
 from transformers import TrainerControl, TrainerState
 
-from trl_gspo.health import (
-    HealthBounds,
-    HealthWatchCallback,
-    alarms_of,
-    non_finite_weight,
-    reward_that_raised,
-)
+from trl_gspo.checkpoints import alarms_of
+from trl_gspo.health import HealthBounds, HealthWatchCallback, non_finite_weight, reward_that_raised
 
 
 HEALTHY = {
@@ -71,7 +66,7 @@ class Run:
         if self.control.should_save:
             path = self.folder / f"checkpoint-{self.state.global_step}"
             path.mkdir(exist_ok=True)
-            (path / "trainer_state.json").write_text("{}")
+            (path / "trainer_state.json").write_text(json.dumps({"global_step": self.state.global_step}))
             self.control.should_save = False
             self.watch.on_save(self.args, self.state, self.control)
 
@@ -513,6 +508,7 @@ def test_marked_checkpoints_of_an_abandoned_end_do_not_push_out_good_ones(tmp_pa
     for step, alarms in ((4, []), (6, ["policy destroyed"]), (20, ["policy destroyed"])):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
         if alarms:
             (folder / "health.json").write_text(json.dumps({"alarms": alarms}))
     run = Run(tmp_path, save_total_limit=1, step=4)
@@ -543,7 +539,8 @@ def test_at_the_end_the_limit_holds_again(tmp_path):
     run.state.max_steps = run.state.global_step
     assert run.saved == [1, 2]
     run.watch.on_log(run.args, run.state, run.control, logs={"train_loss": 0.0})
-    assert run.saved == [2] and run.args.save_total_limit == 1
+    assert run.saved == [2]
+    assert run.args.save_total_limit is None  # transformers would delete the last checkpoint for the best
     run.watch.on_train_end(run.args, run.state, run.control)
     assert run.args.save_total_limit == 1
 
@@ -555,6 +552,21 @@ def test_a_run_that_was_interrupted_keeps_its_trusted_checkpoint(tmp_path):
     run.step(save=True)
     run.watch.on_log(run.args, run.state, run.control, logs={"train_loss": 0.0})
     assert run.saved == [1, 7]
+
+
+def test_the_checkpoint_that_is_gone_on_from_replaces_no_older_one_before_it_has_shown_its_worth(tmp_path):
+    for step in (2, 4):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    run = Run(tmp_path, save_total_limit=1, step=4)
+    run.steps(4, save=True)
+    assert run.saved == [2, 4, 5, 6, 7, 8]
+    run.step(changes={"gspo/ratio/max": 2e3})
+    assert run.saved == [2, 4, 5, 6, 7, 8] and list(run.marked) == [5, 6, 7, 8]
+    run = Run(tmp_path, save_total_limit=1, step=4)
+    run.steps(6)
+    assert run.saved == [4]
 
 
 def test_without_a_limit_nothing_is_deleted(tmp_path):

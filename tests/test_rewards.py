@@ -1,5 +1,6 @@
 import json
 import re
+import sys
 from decimal import Decimal
 from pathlib import Path
 
@@ -66,9 +67,9 @@ def test_every_name_loads():
     needs = {"get_repetition_penalty_reward": {"ngram_size": 2, "max_penalty": -0.5}}
     needs["get_pattern_reward"] = {"pattern": "."}
     names = reward_names()
-    assert {"exact_match_reward", "accuracy_reward", "get_soft_overlong_punishment"} <= set(names)
+    assert {"exact_match_reward", "code_reward", "accuracy_reward", "get_soft_overlong_punishment"} <= set(names)
     for name in names:
-        assert callable(load_reward(name, needs.get(name), max_completion_length=100))
+        assert callable(load_reward(name, needs.get(name), max_completion_length=100, allow_code_execution=True))
 
 
 def test_a_made_reward_takes_its_arguments_from_the_completion_length():
@@ -87,10 +88,16 @@ def test_rewards_of_trl_read_plain_text_too():
     assert reward.__name__ == "think_format_reward"
 
 
-def test_a_reward_of_ones_own_is_found_in_the_working_directory(tmp_path, monkeypatch):
+def test_a_reward_of_ones_own_is_found_on_pythons_path_and_not_in_the_working_directory(tmp_path, monkeypatch):
     (tmp_path / "my_rewards_of_this_test.py").write_text("def length(completions, **kw):\n    return [1.0]\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend("")
+    # As `python scripts/train.py` has it: `python -m` and pytest put the working directory there, as "".
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder not in ("", str(tmp_path))])
+    before = list(sys.path)
+    with pytest.raises(ValueError, match=r"No module named 'my_rewards_of_this_test'.* start with `PYTHONPATH=\. acc"):
+        load_reward("my_rewards_of_this_test.length")
+    assert sys.path == before
+    monkeypatch.syspath_prepend(tmp_path)
     assert load_reward("my_rewards_of_this_test.length")(completions=["x"]) == [1.0]
     with pytest.raises(ValueError, match="has no 'lenght'. It has length"):
         load_reward("my_rewards_of_this_test.lenght")

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import resource
 import shlex
 import signal
 import subprocess
@@ -17,7 +18,8 @@ import train
 from tiny import sorting_rows, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_gspo.health import HealthBounds, alarms_of, non_finite_weight
+from trl_gspo.checkpoints import alarms_of, is_complete
+from trl_gspo.health import HealthBounds, non_finite_weight
 from trl_gspo.objective import EPSILON_LOW
 
 
@@ -92,6 +94,12 @@ def wait_for(process, pattern, seconds=120):
         (arguments(dataset_name="x.jsonl", epsilon=2), "`epsilon` must be a finite number in (0, 1), got 2.0"),
         (arguments(dataset_name="x.jsonl", loss_type="dapo"), "`loss_type='dapo'` is refused"),
         (arguments(dataset_name="x", model_name_or_path="m", reward_funcs="acc"), "`reward_funcs` has no 'acc'"),
+        (arguments(dataset_name="x", model_name_or_path="m", reward_funcs="code_reward"), "`--allow_code_execution`"),
+        (
+            arguments(dataset_name="x.jsonl", model_name_or_path="m", reward_funcs="code_reward")
+            + ["--allow_code_execution"],
+            "`x.jsonl` does not exist",  # allowed, so that the next thing is refused
+        ),
         (arguments(dataset_name="x", reward_kwargs='{"a": {}}'), "`reward_kwargs` has arguments for a"),
         (arguments(dataset_name="x", model_name_or_path="m", resume_from_checkpoint="no"), "is no folder"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
@@ -335,9 +343,16 @@ def test_resume_passes_over_a_checkpoint_that_was_cut_off(capsys, data, tmp_path
     argv = arguments(dataset_name=data, model_name_or_path="m", output_dir=tmp_path)
     for flag in ("--resume", "--resume_from_checkpoint=true"):
         assert train.find_checkpoint(*train.parse([*argv, flag])[:2]) == right
-        assert "checkpoint-12 is incomplete and passed over" in capsys.readouterr().out
+        assert "checkpoint-12 is incomplete (trainer_state.json is missing) and passed over" in capsys.readouterr().out
     assert train.find_checkpoint(*train.parse([*argv, "--resume", "--output_dir", str(tmp_path / "new")])[:2]) is None
     assert "starts from the beginning" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_is_named_must_be_whole(capsys, data, tmp_path):
+    path = write_checkpoint(tmp_path, 12, is_complete=False)
+    argv = arguments(dataset_name=data, model_name_or_path="no/such", output_dir=tmp_path)
+    assert train.main([*argv, "--resume_from_checkpoint", path]) == 2
+    assert f"`resume_from_checkpoint={path}` is not whole: trainer_state.json is missing." in capsys.readouterr().err
 
 
 def mark(checkpoint):
@@ -391,17 +406,37 @@ def test_the_command_that_goes_on(tmp_path, monkeypatch):
 
 
 def test_exit_codes_are_documented():
-    for code in ("0 done", "2 bad input", "3 stopped by the health watch", "4 a reward function raised"):
+    for code in (
+        "0 done",
+        "2 bad input",
+        "3 stopped by the health watch",
+        "4 a reward function raised",
+        "5 a checkpoint",
+    ):
         assert code in " ".join(train.__doc__.split())
 
 
 def test_a_finished_run_is_not_trained_on(capsys, data, tmp_path):
     write_checkpoint(tmp_path, 8)
+    (tmp_path / "summary.json").write_text('{"steps": 8}')
     argv = arguments(dataset_name=data, model_name_or_path="no/such", output_dir=tmp_path)
     for max_steps in ([], ["--max_steps", "8"]):
         assert train.main([*argv, "--resume", *max_steps]) == 0
         assert "checkpoint-8 is the end of this run" in capsys.readouterr().out
     assert train.main([*argv, "--resume", "--max_steps", "9"]) == 2  # it goes on, to a model that is not there
+
+
+@pytest.mark.parametrize("summary", [None, '{"steps": 6}', '{"st', "an earlier attempt"])
+def test_a_finished_run_without_its_model_goes_on_to_save_it(summary, capsys, data, tmp_path):
+    if summary == "an earlier attempt":
+        (tmp_path / "summary.json").write_text('{"steps": 8}')
+        os.utime(tmp_path / "summary.json", (0, 0))
+    elif summary is not None:
+        (tmp_path / "summary.json").write_text(summary)
+    write_checkpoint(tmp_path, 8)
+    argv = arguments(dataset_name=data, model_name_or_path="no/such", output_dir=tmp_path)
+    assert train.main([*argv, "--resume"]) == 2
+    assert "whose model was not saved to its end: that is done now." in capsys.readouterr().out
 
 
 def test_an_earlier_run_is_neither_mixed_nor_overwritten(capsys, data, tmp_path):
@@ -770,6 +805,27 @@ def test_gsm8k_with_evaluation_kill_and_resume(model_path, tmp_path):
     assert {"rewards/accuracy_reward/mean", "rewards/final_number_reward/mean"} <= history[0].keys()
     AutoModelForCausalLM.from_pretrained(output)
     assert json.loads((output / "summary.json").read_text())["steps"] == 8
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prlimit")
+def test_a_full_disk_has_its_message_and_its_exit_and_the_run_goes_on(data, model_path, tmp_path):
+    output = tmp_path / "run"
+    argv = run_arguments(data, model_path, output, save_steps=3, save_total_limit=1, max_steps=12)
+    process = launch(argv)
+    wait_for(process, "step 4/12")
+    # From here on no file can be longer: what a quota or a full disk looks like from inside.
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 5, printed
+    assert re.search(
+        r"The run ended after step \d+: checkpoint-\d+ could not be saved in .*: the disk, a quota", printed
+    )
+    good = Path(re.search(r"The last good checkpoint is (\S+)\.", printed)[1])
+    assert [path for path in output.glob("checkpoint-*")] == [good] and is_complete(good)
+    command = shlex.split(re.search(r"go on from it with: (.*)", printed)[1])
+    returned, printed = finished(command[3:])
+    assert returned == 0 and (output / "summary.json").is_file(), printed
 
 
 # Other people's scripts, with the class swapped and nothing else.

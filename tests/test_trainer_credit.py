@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from ranks import run_on_two_ranks
 from test_credit import loop_credit
 from test_diagnostics import reference_metrics
 from test_objective import units_of
@@ -660,50 +659,3 @@ def test_gradient_accumulation_changes_nothing(model_path, dataset, tmp_path):
     one, other = moved(weights(whole), start), moved(weights(parts), start)
     assert (one - other).norm() < 1e-5 * one.norm()
     assert clipped(whole) == pytest.approx(clipped(parts), abs=1e-9) and max(clipped(whole)) > 0
-
-
-# Three groups of four over two ranks of six rows: the middle one is on both. Each rollout batch is passed over twice
-# and whole, because each rank shuffles its own rows into micro-batches.
-DISTRIBUTED = SGD | dict(
-    reward_funcs=[turns, outcome, async_turns],
-    reward_weights=[1.0, 0.5, -0.3],
-    step_discount=0.9,
-    num_generations=4,
-    steps_per_generation=1,
-    num_iterations=2,
-    max_steps=4,
-)
-
-
-def train_distributed(output_dir, model_path, rows):
-    """Run by each rank of `test_two_processes_train_as_one`."""
-    from datasets import Dataset
-    from tiny import sorting_rows
-
-    dataset = Dataset.from_list(sorting_rows(64, seed=0))
-    script = DISTRIBUTED | dict(per_device_train_batch_size=int(rows))
-    trainer, batches = train(output_dir, model_path, dataset, **script)
-    if trainer.accelerator.is_main_process:
-        logs = [{k: v for k, v in e.items() if "loss" in e} for e in trainer.state.log_history]
-        torch.save(([w.detach() for w in weights(trainer)], logs), Path(output_dir) / "trained.pt")
-    return trainer, batches
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one(model_path, dataset, tmp_path):
-    run_on_two_ranks(train_distributed, tmp_path, tmp_path / "two", model_path, 6)
-    two, two_logs = torch.load(tmp_path / "two" / "trained.pt")
-
-    trainer, batches = train_distributed(str(tmp_path / "one"), model_path, 12)
-    assert [len(batch["completion_ids"]) for batch in batches] == [12, 12]
-    start = start_weights(tmp_path, model_path, dataset)
-    one = moved(weights(trainer), start)
-    assert (moved(two, start) - one).norm() < 1e-5 * one.norm()
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert len(logs) == len(two_logs[:4]) == 4
-    for entry, other in zip(logs, two_logs, strict=False):
-        for key in entry:
-            if key.startswith(("gspo/", "reward", "loss", "grad_norm")):
-                expected = entry[key] if entry[key] is None else pytest.approx(entry[key], rel=1e-4, abs=1e-6)
-                assert other[key] == expected, key
-    assert max(clipped(trainer)) > 0

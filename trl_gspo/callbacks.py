@@ -32,7 +32,7 @@ class RewardProgressCallback(ProgressCallback):
     `ProgressCallback`.
     """
 
-    _SHOWN = {
+    _LABELS = {
         "reward": "reward",
         "eval_reward": "eval reward",
         "gspo/clip_fraction/sequences": "clipped",
@@ -42,14 +42,19 @@ class RewardProgressCallback(ProgressCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
         self._latest = {}
+        for logs in state.log_history:  # of a run that is resumed
+            self._latest |= self._shown(logs)
         if self.training_bar is not None and not sys.stderr.isatty():
             self.training_bar.close()
             self.training_bar = tqdm(total=state.max_steps, disable=True)
 
+    def _shown(self, logs: dict) -> dict[str, str]:
+        return {label: f"{logs[key]:.3g}" for key, label in self._LABELS.items() if logs.get(key) is not None}
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or self.training_bar is None:
             return
-        shown = {label: f"{logs[key]:.3g}" for key, label in self._SHOWN.items() if logs.get(key) is not None}
+        shown = self._shown(logs)
         if not shown:
             return
         # TRL logs rewards with the step that generates, and nothing of them until the next rollout.

@@ -44,13 +44,16 @@ class ClipRangeController(TrainerCallback, ExportableState):
         target (`float`): clipped live units / live units, over all minibatches of a rollout batch.
         epsilon_min (`float`): least width of either side.
         epsilon_max (`float`): largest width of either side.
+
+    Attributes:
+        rows (`list[Tensor]`): what was observed since the last update; goes with a checkpoint, rank by rank.
     """
 
     def __init__(self, epsilon_low: float, epsilon_high: float, target: float, epsilon_min: float, epsilon_max: float):
         self.target = target
         self.epsilon_min, self.epsilon_max = epsilon_min, epsilon_max
         self.epsilon_low, self.epsilon_high = epsilon_low, epsilon_high
-        self._rows: list[Tensor] = []
+        self.rows: list[Tensor] = []
 
     def state(self) -> dict:
         return {
@@ -71,15 +74,15 @@ class ClipRangeController(TrainerCallback, ExportableState):
 
     def observe(self, rows: Tensor) -> None:
         """Takes what [`~trl_gspo.diagnostics.RatioStatistics.update`] returned for a micro-batch."""
-        self._rows.append(rows)
+        self.rows.append(rows)
 
     def update(self, gather: Callable[[Tensor], Tensor], pad: Callable[[Tensor], Tensor]) -> None:
         """
         Moves the range, at the end of a rollout batch. All ranks must call it together. `gather` and `pad` are as in
         [`~trl_gspo.diagnostics.RatioStatistics.compute`].
         """
-        units, _ = gather_units(self._rows, gather, pad)
-        self._rows = []
+        units, _ = gather_units(self.rows, gather, pad)
+        self.rows = []
         self.epsilon_low, self.epsilon_high = self._moved(units)
 
     def _moved(self, units: dict[str, np.ndarray]) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """`GSPOConfig`: TRL's `GRPOConfig` with GSPO's defaults, what is refused, and what is warned of."""
 
 import copy
+import importlib.util
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -10,6 +11,7 @@ from accelerate.logging import get_logger
 
 from .host import GRPOConfig
 from .objective import EPSILON_HIGH, EPSILON_LOW, LEVELS, check_epsilon
+from .secrets import is_secret, placeholder, without_secrets
 
 
 logger = get_logger(__name__)
@@ -52,6 +54,10 @@ _IMPLIED_BY = {
     "use_transformers_continuous_batching": ("use_transformers_paged",),
     "vllm_importance_sampling_clip_max": ("vllm_importance_sampling_cap",),
 }
+
+
+def _shown(value: Any) -> str:
+    return repr(without_secrets(value))
 
 
 def _trl_default(name: str) -> Any:
@@ -114,10 +120,16 @@ class GSPOConfig(GRPOConfig):
         log_expert_change (`bool`, *optional*, defaults to `False`):
             Whether to log `gspo/expert_change_fraction`: for a mixture of experts, the share of routed experts that
             differ between the old policy and the one in training, on the same tokens.
+        reward_timeout (`float`, *optional*, defaults to `1500.0`):
+            Seconds that one call of one reward function, for one rollout batch, may take before the run ends with an
+            error that names it ([`~trl_gspo.reward_calls.guard`]). Infinity for no limit. 25 minutes, because after 30
+            (`ddp_timeout`) torch ends the ranks that wait for this one, with an error that names nobody.
 
     Raises:
+        ImportError: if `deepspeed` is set and not installed.
         ValueError: if an epsilon is not finite or not in (0, 1), if `step_discount` is not in (0, 1], if `loss_type`
             or `importance_sampling_level` is not GSPO's, if an option is set that only a refused loss type reads;
+            if `num_generations` is below 2, or `reward_timeout` not above 0;
             if `clip_fraction_target` is not in (0, 1), or is set where the ratio is always 1; if `use_rollout_logps`
             and vLLM's correction, which needs the model's own, are both on.
     """
@@ -219,6 +231,13 @@ class GSPOConfig(GRPOConfig):
             "experts that differ between the old policy and the one in training."
         },
     )
+    reward_timeout: float = field(
+        default=1500.0,
+        metadata={
+            "help": "Seconds that one call of one reward function, for one rollout batch, may take before the run "
+            "ends with an error that names it; inf for no limit."
+        },
+    )
 
     def __post_init__(self):
         self._refuse()
@@ -230,7 +249,7 @@ class GSPOConfig(GRPOConfig):
             logger.warning_once(message)
 
     def _refuse(self) -> None:
-        """Raises `ValueError` for what is not GSPO."""
+        """Raises `ValueError` for what is not GSPO, and `ImportError` for what is not installed."""
         check_epsilon("epsilon", self.epsilon)
         if self.epsilon_high is not None:
             check_epsilon("epsilon_high", self.epsilon_high)
@@ -249,10 +268,36 @@ class GSPOConfig(GRPOConfig):
         is_number = isinstance(self.step_discount, (int, float)) and not isinstance(self.step_discount, bool)
         if not (is_number and 0 < self.step_discount <= 1):
             raise ValueError(f"`step_discount` must be a number in (0, 1], got {self.step_discount!r}.")
-        for name in ("gradient_accumulation_steps", "steps_per_generation", "num_iterations"):
+        if self.deepspeed and importlib.util.find_spec("deepspeed") is None:
+            raise ImportError(
+                "`deepspeed` is set, and DeepSpeed is not installed: `pip install deepspeed`, or take a configuration "
+                "without it."
+            )
+        if self.hub_token == placeholder("hub_token"):
+            raise ValueError(
+                f"`hub_token={self.hub_token!r}` is what logs show in place of a token: give the token itself, or "
+                "none and set `HF_TOKEN`."
+            )
+        for name in (
+            "gradient_accumulation_steps",
+            "steps_per_generation",
+            "num_iterations",
+            "per_device_train_batch_size",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value!r}.")
+        if self.num_generations < 2:
+            raise ValueError(
+                f"`num_generations={self.num_generations}` is refused: the advantage of a completion is against the "
+                "others of its group, so a group has at least 2. The default is 8."
+            )
+        is_number = isinstance(self.reward_timeout, (int, float)) and not isinstance(self.reward_timeout, bool)
+        if not (is_number and self.reward_timeout > 0):
+            raise ValueError(
+                f"`reward_timeout` must be a number of seconds above 0, got {self.reward_timeout!r}; infinity (`.inf` "
+                "in YAML) for no limit."
+            )
         for name in _FOREIGN_LOSS_FIELDS:
             if getattr(self, name) != _trl_default(name):
                 raise ValueError(
@@ -286,6 +331,31 @@ class GSPOConfig(GRPOConfig):
                 f"{self.gradient_accumulation_steps}`): the ratio is exactly 1, and no range clips it. Set "
                 f"`steps_per_generation={MINIBATCHES_PER_ROLLOUT * self.gradient_accumulation_steps}`."
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers', which hides `hub_token`; here secrets inside of `model_init_kwargs` and its like too."""
+        return without_secrets(super().to_dict())
+
+    def __repr__(self) -> str:
+        # That of a dataclass, which TRL's is by inheritance, shows `hub_token`.
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
+
+    __str__ = __repr__
+
+    # The Trainer pickles the arguments into `training_args.bin`, beside the weights that are uploaded. Where no token
+    # is given, the hub's client takes `HF_TOKEN` or the one it is logged in with.
+    def __getstate__(self) -> dict[str, Any]:
+        return without_secrets(self.__dict__, hide=False)
+
+    def __copy__(self) -> "GSPOConfig":
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GSPOConfig":
+        copied = memo[id(self)] = object.__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     @property
     def _takes_one_step(self) -> bool:
@@ -404,8 +474,8 @@ class GSPOConfig(GRPOConfig):
 
         changed = [
             f"{name} (hidden)"
-            if name.endswith("_token")
-            else f"{name} {getattr(config, name)!r} -> {getattr(converted, name)!r}"
+            if is_secret(name)
+            else f"{name} {_shown(getattr(config, name))} -> {_shown(getattr(converted, name))}"
             for name in names
             if hasattr(config, name) and getattr(config, name) != getattr(converted, name)
         ]

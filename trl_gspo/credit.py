@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .objective import exact_dtype, turn_ids
+from .reward_calls import is_async
 
 
 _MARK = "_gspo_step"
@@ -62,13 +63,6 @@ def step_kind(function: Any) -> str | None:
     while isinstance(function, functools.partial) and not hasattr(function, _MARK):
         function = function.func
     return getattr(function, _MARK, None)
-
-
-def _is_async(function: Callable) -> bool:
-    # As TRL tells them apart: an object may have its `async` on `__call__`.
-    while isinstance(function, functools.partial):
-        function = function.func
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(function.__call__)
 
 
 def check_step_rewards(name: str, kind: str, rewards: Sequence[StepRewards], lengths: Sequence[int]) -> None:
@@ -280,7 +274,7 @@ class StepCredit:
             self._rewards[index] = rewards
             return [None if steps is None else float(sum(steps)) for steps in rewards]
 
-        if _is_async(function):
+        if is_async(function):
 
             async def reward(**kwargs):
                 return record(await function(**arguments(kwargs)))

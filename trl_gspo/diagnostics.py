@@ -53,6 +53,13 @@ class RatioStatistics:
     def __bool__(self) -> bool:
         return bool(self._units)
 
+    def state_dict(self) -> dict[str, list[Tensor]]:
+        """What was added since the last [`RatioStatistics.compute`], for a checkpoint."""
+        return {"units": self._units, "expert_changes": self._expert_changes}
+
+    def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
+        self._units, self._expert_changes = list(state["units"]), list(state["expert_changes"])
+
     @torch.no_grad()
     def update(
         self,
@@ -132,7 +139,7 @@ class RatioStatistics:
         if changes is not None:
             changed, compared = changes
             metrics["gspo/expert_change_fraction"] = changed / compared if compared else math.nan
-        return metrics
+        return {name: float(value) for name, value in metrics.items()}
 
 
 def gather_units(
@@ -189,7 +196,7 @@ def ratio_metrics(units: dict[str, np.ndarray]) -> dict[str, float]:
     metrics["gspo/ratio/length_correlation"] = _correlation(live["log_ratio"], live["length"])
     metrics["gspo/kl_old"] = live["kl_old"].sum() / tokens if tokens else math.nan
     metrics["gspo/live_fraction"] = _mean(is_live)
-    return {name: float(value) for name, value in metrics.items()}
+    return metrics
 
 
 def _mismatch(units: dict[str, np.ndarray]) -> dict[str, float]:

@@ -6,10 +6,7 @@ Every rank reads the same logs and so decides the same. Nothing here touches the
 
 import functools
 import inspect
-import json
 import math
-import os
-import shutil
 import sys
 import traceback
 import typing
@@ -24,9 +21,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-
-# In the folder of a checkpoint that is not to be trusted: `{"alarms": [...]}`.
-_MARK = "health.json"
+from .checkpoints import delete_old, mark
 
 
 @dataclass
@@ -249,7 +244,7 @@ class HealthWatchCallback(TrainerCallback):
     the weights. What the last steps before it did to the policy only later logs show. So a checkpoint is trusted after
     `health_patience` healthy logs; the newest trusted one is kept, where need be beyond `save_total_limit`, and if the
     run is stopped the untrusted ones are marked. While something lasts that may yet stop the run, no checkpoint is
-    deleted, and those saved are marked. [`alarms_of`] reads the mark.
+    deleted, and those saved are marked. [`~trl_gspo.checkpoints.alarms_of`] reads the mark.
 
     Goes after any callback of one's own that saves. Where `logging_strategy="no"`, only the logs before a checkpoint
     are judged.
@@ -273,7 +268,10 @@ class HealthWatchCallback(TrainerCallback):
         self._save_total_limit = args.save_total_limit
         self.stopped = None
         args.save_total_limit = None  # old ones are deleted here, once a newer one is trusted
-        self._untrusted: dict[int, int] = {}  # step of a checkpoint -> healthy logs since
+        # Step of a checkpoint -> healthy logs since. The one that is gone on from has to show again what it is worth
+        # before older ones go; but what comes now may be of what was changed, and does not mark it.
+        self._started_at = state.global_step
+        self._untrusted: dict[int, int] = {self._started_at: 0} if self._started_at else {}
         self._episodes: dict[str, _Episode] = {}
         self._rewards = _Rewards(self.bounds.health_reward_window)
         self._first_entropies: list[float] = []
@@ -300,7 +298,6 @@ class HealthWatchCallback(TrainerCallback):
             # The end: nothing is going to show what the last checkpoint is worth.
             self._untrusted = {}
             self._delete_old(args, state)
-            args.save_total_limit = self._save_total_limit  # transformers reads it before `on_train_end`
         if "loss" not in logs:  # an evaluation's
             return
         for finding in self._judge(logs, state.global_step, args.fp16):
@@ -311,14 +308,14 @@ class HealthWatchCallback(TrainerCallback):
                 if self._untrusted[step] >= self.bounds.health_patience:
                     del self._untrusted[step]
                     if state.is_world_process_zero:
-                        _mark(args, step, [])  # saved during an alarm from which the run recovered
+                        mark(_folder(args, step), [])  # saved during an alarm from which the run recovered
             self._delete_old(args, state)
 
     def on_save(self, args, state, control, **kwargs):
         alarms = [name for name, episode in self._episodes.items() if episode.may_stop]
         if state.is_world_process_zero:
             # Also without an alarm: a run that went this way before may have left its mark.
-            _mark(args, state.global_step, alarms)
+            mark(_folder(args, state.global_step), alarms)
         self._untrusted[state.global_step] = 0
         if not self._is_threatened:
             self._delete_old(args, state)
@@ -353,25 +350,14 @@ class HealthWatchCallback(TrainerCallback):
     def mark_untrusted(self, args, alarm: str) -> None:
         """Marks the checkpoints of which no later log has shown that they are sound."""
         for step in self._untrusted:
-            _mark(args, step, [alarm])
+            if step != self._started_at:
+                mark(_folder(args, step), [alarm])
 
     def _delete_old(self, args, state) -> None:
         """Keeps `save_total_limit` checkpoints, and the newest trusted one; all ranks may call it."""
-        if not (args.should_save and self._save_total_limit):
-            return
-        kept = max(self._save_total_limit, len(self._untrusted) + 1)
-        folders = {
-            int(path.name.removeprefix("checkpoint-")): path
-            for path in Path(args.output_dir).glob("checkpoint-*")
-            if path.name.removeprefix("checkpoint-").isdigit()
-        }
-        # Later ones are of a run from whose end this one was not resumed, and so are marked ones that are not ours.
-        passed = sorted(step for step in folders if step <= state.global_step)
-        strange = [step for step in passed if step not in self._untrusted and alarms_of(folders[step])]
-        for step in [*strange, *[step for step in passed if step not in strange][:-kept]]:
-            best = state.best_model_checkpoint
-            if best is None or folders[step].resolve() != Path(best).resolve():
-                shutil.rmtree(folders[step], ignore_errors=True)
+        if args.should_save and self._save_total_limit:
+            kept = max(self._save_total_limit, len(self._untrusted) + 1)
+            delete_old(args.output_dir, state.global_step, kept, state.best_model_checkpoint, self._untrusted)
 
     def _weigh(self, finding: _Finding, args, state, control) -> None:
         episode = self._episodes.setdefault(finding.name, _Episode())
@@ -564,12 +550,6 @@ class HealthWatchCallback(TrainerCallback):
             )
 
 
-def alarms_of(checkpoint: str | os.PathLike) -> list[str]:
-    """What was wrong when a checkpoint was saved, or soon after; empty if nothing was."""
-    mark = Path(checkpoint, _MARK)
-    return json.loads(mark.read_text())["alarms"] if mark.is_file() else []
-
-
 def non_finite_weight(model: nn.Module) -> str | None:
     """Name of a parameter of which this rank holds NaN or infinity, `None` if all are finite."""
     for name, parameter in model.named_parameters():
@@ -608,12 +588,8 @@ def reward_that_raised(error: BaseException, functions: list[Callable | str]) ->
     return "a reward function" if any(code.co_name == "_calculate_rewards" for code in codes) else None
 
 
-def _mark(args, step: int, alarms: list[str]) -> None:
-    mark = Path(args.output_dir, f"checkpoint-{step}", _MARK)
-    if alarms and mark.parent.is_dir():
-        mark.write_text(json.dumps({"alarms": alarms}) + "\n")
-    else:
-        mark.unlink(missing_ok=True)
+def _folder(args, step: int) -> Path:
+    return Path(args.output_dir, f"checkpoint-{step}")
 
 
 def _is_number(value: float | None) -> bool:

@@ -11,15 +11,19 @@ import functools
 import importlib
 import inspect
 import json
+import logging
 import os
 import re
-import sys
 from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
 import trl.rewards
 
+from .sandbox import Limits, Program, check_platform, run_programs
+
+
+logger = logging.getLogger(__name__)
 
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)")
 
@@ -264,22 +268,28 @@ def _trl_names() -> list[str]:
 
 def reward_names() -> list[str]:
     """Names that [`load_reward`] knows by themselves: ours, then TRL's."""
-    return sorted(_OURS) + sorted(set(_trl_names()) - set(_OURS))
+    return sorted([*_OURS, "code_reward"]) + sorted(set(_trl_names()) - set(_OURS))
 
 
 def load_reward(
-    name: str, kwargs: dict[str, Any] | None = None, max_completion_length: int | None = None
+    name: str,
+    kwargs: dict[str, Any] | None = None,
+    max_completion_length: int | None = None,
+    allow_code_execution: bool = False,
 ) -> Callable | str:
     """
     A reward function by name.
 
     Args:
-        name (`str`): one of [`reward_names`]; `package.module.function`, importable from here or from the working
-            directory; or a reward model, as a folder or a hub id with a slash, which is handed to TRL as it is.
-        kwargs (`dict`, *optional*): for a name that starts with `get_`, a function that makes the reward: its
-            arguments.
+        name (`str`): one of [`reward_names`]; `package.module.function`, imported from Python's path as it stands
+            (`PYTHONPATH`), and so not from the working directory unless it is there; or a reward model, as a folder or
+            a hub id with a slash, which is handed to TRL as it is.
+        kwargs (`dict`, *optional*): for `code_reward`, and for a name that starts with `get_`, a function that makes
+            the reward: its arguments.
         max_completion_length (`int`, *optional*): default of their `max_completion_len` and `max_len`; a fifth of it
             is the default of `soft_punish_cache`, as in TRL's `scripts/grpo.py`.
+        allow_code_execution (`bool`, *optional*, defaults to `False`): whether `code_reward` may run what a model
+            wrote.
 
     Returns:
         `Callable` or `str`: for the trainer's `reward_funcs`.
@@ -287,6 +297,9 @@ def load_reward(
     Raises:
         ValueError: if there is no such reward, or its arguments do not fit.
     """
+    if name == "code_reward":
+        given = (kwargs or {}) | {"allow_code_execution": allow_code_execution}  # no file of arguments allows it
+        return _make(get_code_reward, name, given, max_completion_length)
     if name in _OURS:
         function = _OURS[name]
     elif name in _trl_names():
@@ -333,13 +346,13 @@ def check_columns(reward: Callable | str, columns: Sequence[str]) -> None:
 
 def _import(name: str) -> Callable:
     module_name, function_name = name.rsplit(".", 1)
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"`reward_funcs` names {name!r}, and {error}. It is looked for in the environment and in {os.getcwd()}."
+            f"`reward_funcs` names {name!r}, and {error}. It is imported from Python's path alone, to which the "
+            "working directory does not belong by itself: start with `PYTHONPATH=. accelerate launch ...`, or with "
+            "the folder that holds it."
         ) from error
     if not hasattr(module, function_name):
         callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -380,3 +393,115 @@ def _for_plain_text(function: Callable) -> Callable:
         return function(completions=messages, **kwargs)
 
     return reward
+
+
+_FENCED = re.compile(r"^```([^\n`]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+CODE_OUTCOMES = ("passed", "failed", "error", "timeout", "memory", "disk", "output", "unused", "lost")
+
+
+def extract_code(text: str) -> str:
+    """The last fenced block that is marked as Python; else the last that is not marked; else all of the text."""
+    blocks = [(label.strip().lower(), body) for label, body in _FENCED.findall(text)]
+    for labels in (("python", "py", "python3"), ("",)):
+        found = [body for label, body in blocks if label in labels]
+        if found:
+            return found[-1]
+    return text
+
+
+def get_code_reward(
+    allow_code_execution: bool = False,
+    packages: bool = False,
+    workers: int | None = None,
+    wall_seconds: float = 10.0,
+    cpu_seconds: int = 5,
+    memory_mib: int = 512,
+    disk_mib: int = 16,
+    output_kib: int = 256,
+) -> Callable[..., list[float | None]]:
+    """
+    Makes `code_reward`, which runs what the model wrote against unit tests: 1 if they pass, else 0.
+
+    Its columns are `tests`, Python source (`None`: the reward does not apply); `code_prefix`, text that the completion
+    continues, such as HumanEval's prompt; and `entry_point`, the name of what is tested. The last two are optional.
+    See [`~trl_gspo.sandbox.Program`] for how they work together, and docs/code_reward.md for what the confinement does
+    not protect from.
+
+    Logs the share of each outcome among the completions it applies to, as `code/passed`, `code/timeout` and so on, and
+    the outcomes themselves in the table of completions.
+
+    Args:
+        allow_code_execution (`bool`, *optional*, defaults to `False`):
+            Has to be `True`: the code that a model writes will be run on this machine.
+        packages (`bool`, *optional*, defaults to `False`):
+            Whether candidates and tests may import the installed packages, not the standard library alone. Imports
+            count towards the limits.
+        workers (`int`, *optional*):
+            Candidates at once. By default the processor cores of this process, shared with the other local ranks.
+        wall_seconds (`float`), cpu_seconds (`int`), memory_mib (`int`), disk_mib (`int`), output_kib (`int`):
+            What one candidate may use: [`~trl_gspo.sandbox.Limits`].
+
+    Returns:
+        `Callable`: the reward function. It gives `None` where nothing is known of a candidate: tests that never used
+        it, or a machine that did not let it run.
+
+    Raises:
+        ValueError: without `allow_code_execution`, or if a limit makes no sense.
+        trl_gspo.sandbox.SandboxError: if candidates cannot be confined on this machine. The reward function raises it
+            too.
+    """
+    if not allow_code_execution:
+        raise ValueError(
+            "`code_reward` runs code that a model wrote, on this machine. It is confined, but not as well as in a "
+            "virtual machine: read docs/code_reward.md, then allow it by `--allow_code_execution`, in Python by "
+            "`get_code_reward(allow_code_execution=True)`."
+        )
+    limits = Limits(
+        wall_seconds=wall_seconds,
+        cpu_seconds=cpu_seconds,
+        memory_mib=memory_mib,
+        disk_mib=disk_mib,
+        output_kib=output_kib,
+    )
+    check_platform()
+    # Once for all candidates, and before a model is loaded.
+    (tried,) = run_programs([Program("def one(): return 1", "assert one() == 1")], limits, packages)
+    if tried.outcome != "passed":
+        raise ValueError(
+            f"A trivial candidate does not pass under the limits of `code_reward`: {tried.outcome}, {tried.message}. "
+            f"Raise them; they are {limits}."
+        )
+
+    def code_reward(
+        completions: list,
+        tests: Sequence[str | None],
+        code_prefix: Sequence[str | None] | None = None,
+        entry_point: Sequence[str | None] | None = None,
+        log_metric: Callable[[str, float], None] | None = None,
+        log_extra: Callable[[str, list], None] | None = None,
+        **kwargs: Any,
+    ) -> list[float | None]:
+        nothing = [None] * len(completions)
+        programs = [
+            None if test is None else Program(extract_code(_text(completion)), test, prefix or "", name or None)
+            for completion, test, prefix, name in zip(
+                completions, tests, code_prefix or nothing, entry_point or nothing, strict=True
+            )
+        ]
+        # Once for each that differs: late in training many completions of a group are the same.
+        distinct = list(dict.fromkeys(program for program in programs if program is not None))
+        results = dict(zip(distinct, run_programs(distinct, limits, packages, workers), strict=True))
+        found = [None if program is None else results[program] for program in programs]
+        outcomes = [result.outcome for result in found if result is not None]
+        if log_metric is not None and outcomes:
+            for outcome in CODE_OUTCOMES:
+                log_metric(f"code/{outcome}", outcomes.count(outcome) / len(outcomes))
+        if log_extra is not None:
+            log_extra("code_outcome", ["" if result is None else result.outcome for result in found])
+        for result in results.values():
+            if result.score is None:
+                logger.warning(f"A candidate gets no code reward: {result.outcome}, {result.message}")
+        return [None if result is None else result.score for result in found]
+
+    return code_reward

@@ -105,7 +105,9 @@ class DataArguments:
         reward_funcs (`list[str]`):
             Rewards by name: TRL's, ours, `package.module.function`, or a reward model.
         reward_kwargs (`dict`, *optional*):
-            For rewards named `get_...`: their arguments by name.
+            For `code_reward` and rewards named `get_...`: their arguments by name.
+        allow_code_execution (`bool`, *optional*, defaults to `False`):
+            Whether `code_reward` may run the code that the model writes, on this machine.
         reasoning_families (`list[str]`, *optional*):
             Task `reasoning`: families of reasoning-gym by name, each with an optional weight, as in `gcd:2`; or `all`.
         reasoning_params (`dict`, *optional*):
@@ -163,7 +165,11 @@ class DataArguments:
         metadata={"help": "Rewards by name: TRL's, ours, package.module.function, or a reward model."},
     )
     reward_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "For rewards named get_...: their arguments by name, as JSON."}
+        default=None, metadata={"help": "For code_reward and rewards named get_...: arguments by name, as JSON."}
+    )
+    allow_code_execution: bool = field(
+        default=False,
+        metadata={"help": "Whether `code_reward` may run the code that the model writes, on this machine."},
     )
     reasoning_families: list[str] | None = field(
         default=None,
@@ -598,7 +604,7 @@ def load_rows(name: str, split: str, config: str | None = None, streaming: bool 
         rows = saved[split] if isinstance(saved, dict) else saved
     else:
         rows = load_dataset(str(path) if is_path else name, config, split=split, streaming=streaming)
-    if isinstance(rows, Dataset) and len(rows) == 0:
+    if len(rows) == 0 if isinstance(rows, Dataset) else next(iter(rows), None) is None:
         raise ValueError(f"`{name}` has no row in split {split!r}.")
     return rows
 
@@ -630,7 +636,7 @@ def to_prompts(
         ValueError: if a column is not there, before anything is mapped, or if a row has no prompt. The message lists
             the columns, or names the row.
     """
-    columns = rows.column_names or list(next(iter(rows)))
+    columns = columns_of(rows)
     if prompt_template is None:
         wanted = {prompt_column: "prompt_column"}
     else:
@@ -658,6 +664,11 @@ def to_prompts(
         return {"prompt": prompt} | ({} if solution_column is None else {"solution": row[solution_column]})
 
     return rows.map(convert, with_indices=True)
+
+
+def columns_of(rows: Dataset | IterableDataset) -> list[str]:
+    """The names of the columns; of a stream that does not know them, of its first row."""
+    return rows.column_names or list(next(iter(rows)))
 
 
 def _listing(path: Path) -> str:

@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from transformers import (
     TrainerCallback,
 )
 
+from .checkpoints import delete_old, fault_of, last_good, list_checkpoints, save, warn_of_space
+from .checks import check_before_loading, check_prompt_ids
 from .clip_range import ClipRangeController
 from .config import GSPOConfig
 from .credit import StepCredit, check_advantages, step_kind
@@ -26,6 +29,8 @@ from .diagnostics import RatioStatistics, noise_warning
 from .host import HAS_FUSED_HEAD, GRPOConfig, GRPOTrainer, disable_gradient_checkpointing, nanstd
 from .objective import at_tokens, sum_by_unit, token_log_ratio, turn_ids, unit_ids
 from .packing import Cut, Pack, Skip, balance, row_tokens
+from .resume import RunState
+from .reward_calls import guard
 from .routing import RoutingRecorder, changed_slots, find_routers
 from .scorer import VISION, Scorer, has_images
 
@@ -60,9 +65,12 @@ class GSPOTrainer(GRPOTrainer):
             `None`) and `turn_ids` (`(B, T)`, -1 off trained tokens). Returns advantages, `(B,)` or `(B, T)`.
 
     Raises:
-        ValueError: before a model is loaded, if the dataset holds too few prompts for one rollout batch, or step
-            rewards are given at level `"sequence"`; in the loss, if advantages at that level are not one for each
-            sequence; in a rollout, if step rewards or `advantage_func` return what does not fit.
+        ImportError: before a model is loaded, if a package that `args` names is not installed.
+        ValueError: before a model is loaded, if data, tokenizer and model do not go together
+            ([`~trl_gspo.checks.check_before_loading`]), or step rewards are given at level `"sequence"`; in the loss,
+            if advantages at that level are not one for each sequence; in a rollout, if reward functions or
+            `advantage_func` return what does not fit.
+        TimeoutError: in a rollout, if a reward function takes longer than `reward_timeout`.
 
     Example:
 
@@ -118,7 +126,7 @@ class GSPOTrainer(GRPOTrainer):
             args = GSPOConfig(f"{model_id.split('/')[-1]}-GSPO")
         elif not isinstance(args, GSPOConfig):
             args = GSPOConfig.from_grpo(args)
-        _check_rollout_batch(args, train_dataset)
+        check_before_loading(model, args, train_dataset, eval_dataset, processing_class)
         functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         steps = [getattr(function, "__name__", repr(function)) for function in functions if step_kind(function)]
         if steps and args.importance_sampling_level == "sequence":
@@ -145,7 +153,10 @@ class GSPOTrainer(GRPOTrainer):
         )
         self.advantage_func = advantage_func
         self._step_credit = StepCredit(self.reward_funcs)
-        self.reward_funcs = self._step_credit.wrap(self.reward_funcs)
+        self.reward_funcs = [
+            guard(function, name, args.reward_timeout)
+            for function, name in zip(self._step_credit.wrap(self.reward_funcs), self.reward_func_names, strict=True)
+        ]
         if args.disable_dropout:
             for network in filter(None, (self.model, self.ref_model)):
                 _disable_functional_dropout(network)
@@ -160,6 +171,9 @@ class GSPOTrainer(GRPOTrainer):
         )
         self._is_new_rollout = self._awaits_old = self._said_way = False
         self._experts = self._mean_entropy = None
+        self._train_sampler, self._is_restored, self._is_loaded_in_part = None, False, False
+        self._run_state = RunState(self)
+        self.add_callback(self._run_state)
         if args.clip_fraction_target is not None:
             self.add_callback(
                 ClipRangeController(
@@ -173,6 +187,92 @@ class GSPOTrainer(GRPOTrainer):
         if args.importance_sampling_level != "sequence":
             self.importance_sampling_level = "token"  # of the parent's loss: see `_as_gspo_token`
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """
+        As the parent's, and exact where it resumes: [`~trl_gspo.resume.RunState`] says what comes back.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): a checkpoint, or `True` for the newest one in
+                `output_dir` that is whole and was not saved near an alarm of the health watch.
+
+        Raises:
+            ValueError: if the checkpoint is not whole, or there is none.
+            SavingError: if a checkpoint cannot be written. Those before it are as they were.
+        """
+        if resume_from_checkpoint is True:
+            checkpoints = list_checkpoints(self.args.output_dir)
+            good = last_good(checkpoints)
+            if good is None:
+                raise ValueError(f"`output_dir={self.args.output_dir}` holds no checkpoint to resume from.")
+            for path in checkpoints[: checkpoints.index(good)]:
+                logger.warning(f"{path} is passed over: {fault_of(path) or 'it was saved near an alarm'}.")
+            resume_from_checkpoint = str(good)
+        elif resume_from_checkpoint:
+            fault = fault_of(resume_from_checkpoint)
+            if fault is not None:
+                raise ValueError(f"`resume_from_checkpoint={resume_from_checkpoint}` is not whole: {fault}.")
+        self._run_state.checkpoint = resume_from_checkpoint or None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        self._is_loaded_in_part = bool(load_result.missing_keys and load_result.unexpected_keys)
+        if not self._is_loaded_in_part:
+            super()._issue_warnings_after_load(load_result)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_the_rest(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_the_rest(self.state.best_model_checkpoint)
+
+    def _load_the_rest(self, checkpoint: str) -> None:
+        """
+        Loads weights that have other names in a file than in the model. transformers saves the experts of a mixture
+        one by one, has them in one tensor in the model, and does not translate where it resumes (transformers#48805):
+        the run would go on with the experts that it began with.
+        """
+        if self._is_loaded_in_part:
+            self._is_loaded_in_part = False
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            model.load_state_dict(type(model).from_pretrained(checkpoint, dtype="auto").state_dict())
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, *args: Any) -> tuple:
+        # A checkpoint that is the end of its run: transformers would train a step more before it looks.
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, *args)
+
+    def _get_train_sampler(self, *args: Any) -> Any:
+        self._train_sampler = super()._get_train_sampler(*args)
+        return self._train_sampler
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        output_dir = self._get_output_dir(trial=trial)
+        folder = Path(output_dir, f"checkpoint-{self.state.global_step}")
+        write_host = super()._save_checkpoint
+
+        def write() -> None:
+            write_host(model, trial)
+            self._run_state.save(folder)
+
+        # transformers would delete an old checkpoint before this one is whole.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            save(folder, write, self.accelerator, self.args.should_save, self._run_state.options())
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(folder))
+        if self.args.should_save:
+            if limit:
+                delete_old(output_dir, self.state.global_step, limit, self.state.best_model_checkpoint)
+            warn_of_space(folder)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Leaves it to `_save_checkpoint`: what is pushed must not say that it is being written."""
+
     @property
     def _clip_range(self) -> ClipRangeController | None:
         # Not an attribute: transformers makes new callbacks of the old where it restores them from a checkpoint.
@@ -185,6 +285,12 @@ class GSPOTrainer(GRPOTrainer):
         if self._step_credit.kinds:
             self._step_credit.begin(completion_ids, tool_mask)
         return rollout
+
+    def _tokenize_prompts(self, prompts: list) -> tuple:
+        tokenized = super()._tokenize_prompts(prompts)
+        if not self._is_vlm:
+            check_prompt_ids(tokenized[0], self.model.config, self.args)
+        return tokenized
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         self._rewards_per_func = super()._calculate_rewards(*args, **kwargs)
@@ -300,6 +406,11 @@ class GSPOTrainer(GRPOTrainer):
             log(f"Loss step: {way} ({self._scorer.reason}).")
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        if self._is_restored and self.model.training:
+            self._is_restored = False
+            self._find_way()
+            if self._scorer.way != "whole":
+                self._lay_out(self._buffered_inputs, scores=False)
         inputs = super()._prepare_inputs(generation_batch)
         if not self._is_new_rollout:
             return inputs
@@ -355,9 +466,10 @@ class GSPOTrainer(GRPOTrainer):
         return rows.bool() if is_bool else rows
 
     @torch.no_grad()
-    def _lay_out(self, batches: list[dict[str, Any]]) -> None:
+    def _lay_out(self, batches: list[dict[str, Any]], scores: bool = True) -> None:
         """
-        Decides what of each micro-batch goes through the model, and scores just that under the policy that sampled.
+        Decides what of each micro-batch goes through the model, and scores just that under the policy that sampled,
+        unless a checkpoint brought the scores.
 
         TRL scores a whole rollout batch, before there are advantages. Here the same tokens in the same order give the
         old log-probabilities and, before the first update, the new ones: in half precision, another shape of the
@@ -370,7 +482,7 @@ class GSPOTrainer(GRPOTrainer):
             if is_alone and layout is not None and layout.is_stub:
                 layout = Skip()
             batch["layout"] = layout
-            if not self._has_old_logps or self.args.use_rollout_logps:
+            if not scores or not self._has_old_logps or self.args.use_rollout_logps:
                 continue
             with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
                 logps, entropy, _, experts = self._scorer(
@@ -388,11 +500,13 @@ class GSPOTrainer(GRPOTrainer):
                 batch["old_experts"] = experts
             if layout is not None and not layout.is_stub:
                 entropies.append(entropy.mean())
-        # Of all ranks: one may have no live row.
-        total = torch.stack(entropies).sum() if entropies else torch.zeros((), device=self.accelerator.device)
-        total = self.accelerator.reduce(torch.stack([total, torch.full_like(total, len(entropies))]), reduction="sum")
-        if total[1] > 0:
-            self._mean_entropy = total[0] / total[1]
+        if scores:
+            # Of all ranks: one may have no live row.
+            total = torch.stack(entropies).sum() if entropies else torch.zeros((), device=self.accelerator.device)
+            total = torch.stack([total, torch.full_like(total, len(entropies))])
+            total = self.accelerator.reduce(total, reduction="sum")
+            if total[1] > 0:
+                self._mean_entropy = total[0] / total[1]
         steps = self.args.gradient_accumulation_steps
         steps = steps if len(batches) % steps == 0 else 1
         for first in range(0, len(batches) if self.model.training else 0, steps):
@@ -596,18 +710,6 @@ def _why_whole(args: GSPOConfig) -> str | None:
     if args.torch_compile:
         return "`torch_compile=True` would compile anew for each length"
     return None
-
-
-def _check_rollout_batch(args: GSPOConfig, train_dataset: Dataset | IterableDataset | None) -> None:
-    """Raises `ValueError` if TRL's sampler, which drops an incomplete rollout batch, would be left without any."""
-    prompts = args.generation_batch_size // args.num_generations
-    if hasattr(train_dataset, "__len__") and len(train_dataset) < prompts:
-        raise ValueError(
-            f"`train_dataset` has {len(train_dataset)} prompts, and one rollout batch takes {prompts} "
-            f"(per_device_train_batch_size {args.per_device_train_batch_size} x processes {args.world_size} x "
-            f"steps_per_generation {args.steps_per_generation} / num_generations {args.num_generations}). Set a "
-            "smaller `steps_per_generation` or `per_device_train_batch_size`, or add prompts."
-        )
 
 
 @contextmanager
