@@ -424,16 +424,13 @@ def effective_options(given: dict[str, tuple], *parsed) -> Iterator[tuple]:
                 )
 
 
-_SECRET = re.compile(r"(^|_)(token|secret|password|credentials?|api_?key|key)$", re.IGNORECASE)
-
-
 def show(name: str, value) -> str:
     """A value as text, without what is nobody's business."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {show(str(key), item)}" for key, item in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(show(name, item) for item in value) + "]"
-    if _SECRET.search(name) and value is not None:
+    if is_secret(name) and value is not None:
         return "(hidden)"
     text = repr(getattr(value, "value", value))
     return re.sub(r"\b(hf|sk)[_-]\w{8,}", "(hidden)", re.sub(r"//[^/@\s]+@", "//(hidden)@", text))

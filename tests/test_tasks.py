@@ -1,3 +1,4 @@
+import functools
 import importlib
 import json
 import logging
@@ -377,13 +378,15 @@ SANITIZED = {
 }
 
 
+@functools.cache
+def code_reward():
+    return load_reward("code_reward", allow_code_execution=True)
+
+
 def run(row, completion):
-    """A stand-in for the sandbox: for code of this file and of the data alone."""
-    try:
-        exec(f"{row['code_prefix']}{completion}\n{row['tests']}", {})
-    except Exception:
-        return 0.0
-    return 1.0
+    columns = {name: [row[name]] for name in ("tests", "code_prefix", "entry_point")}
+    (score,) = code_reward()(completions=[completion], **columns)
+    return score
 
 
 @pytest.mark.parametrize("row", [MBPP, SANITIZED], ids=["full", "sanitized"])

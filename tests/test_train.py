@@ -894,6 +894,7 @@ def test_the_grpo_example_of_trl_with_the_class_swapped(model_path, tmp_path):
     AutoModelForCausalLM.from_pretrained(saved)
 
 
+<<<<<<< HEAD
 @pytest.mark.exhaustive
 def test_a_family_of_reasoning_gym_is_learnt(tmp_path):
     """The run of docs/tasks.md, shorter: accuracy on words that neither training has seen rises."""
@@ -910,3 +911,42 @@ def test_a_family_of_reasoning_gym_is_learnt(tmp_path):
     report = json.loads((output / "evaluation" / "report.json").read_text())
     change = report["difference"]["1"]
     assert report["problems"] == 512 and change["low"] > 0.05 and change["p_value"] < 1e-6, change
+=======
+@needs_gsm8k
+@pytest.mark.slow
+def test_humaneval_end_to_end_by_its_task(model_path, tmp_path, capsys):
+    """Refused without leave; trained with it; canonical solutions score 1 through the task's columns."""
+    shared = [
+        "--task",
+        "code",
+        "--dataset_name",
+        str(DATA / "humaneval" / "HumanEval.jsonl"),
+        "--num_eval_samples",
+        "6",
+    ]
+    shared += arguments(max_completion_length=12)[2:]
+    options = ["--model_name_or_path", model_path, "--output_dir", str(tmp_path), "--max_steps", "2"]
+    options += ["--num_train_samples", "16"]
+    assert train.main([*shared, *options]) == 2
+    assert "--allow_code_execution" in capsys.readouterr().err
+    returned, printed = finished([*shared, *options, "--allow_code_execution"])
+    assert returned == 0, printed
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert {entry["rewards/code_reward/mean"] for entry in history if "reward" in entry} == {0.0}
+    argv = [*shared, "--model_name_or_path", str(tmp_path), "--output_dir", str(tmp_path), "--allow_code_execution"]
+    assert evaluate.main([*argv, "--num_samples", "2"]) == 0
+    report = json.loads((tmp_path / "evaluation" / "report.json").read_text())
+    assert report["problems"] == 6 and report["models"]["model"]["rewards"] == {"code_reward": 0.0}
+
+    args = train.parse([*argv, "--allow_code_execution"])[0]
+    rows = train.load_task(args, train=False)[1]
+    (reward,) = train.load_rewards(args, train.parse(argv)[1])
+    columns = {name: rows[name][:] for name in ("tests", "code_prefix", "entry_point")}
+    assert reward(completions=rows["canonical_solution"][:], **columns) == [1.0] * 6
+    whole = [
+        f"Here:\n```python\n{prefix}{body}```\n"
+        for prefix, body in zip(rows["code_prefix"], rows["canonical_solution"], strict=True)
+    ]
+    assert reward(completions=whole, **columns) == [1.0] * 6
+    assert reward(completions=["    pass\n"] * 6, **columns) == [0.0] * 6
+>>>>>>> c511e4f (HumanEval end to end by its task)
