@@ -894,7 +894,6 @@ def test_the_grpo_example_of_trl_with_the_class_swapped(model_path, tmp_path):
     AutoModelForCausalLM.from_pretrained(saved)
 
 
-<<<<<<< HEAD
 @pytest.mark.exhaustive
 def test_a_family_of_reasoning_gym_is_learnt(tmp_path):
     """The run of docs/tasks.md, shorter: accuracy on words that neither training has seen rises."""
@@ -911,7 +910,8 @@ def test_a_family_of_reasoning_gym_is_learnt(tmp_path):
     report = json.loads((output / "evaluation" / "report.json").read_text())
     change = report["difference"]["1"]
     assert report["problems"] == 512 and change["low"] > 0.05 and change["p_value"] < 1e-6, change
-=======
+
+
 @needs_gsm8k
 @pytest.mark.slow
 def test_humaneval_end_to_end_by_its_task(model_path, tmp_path, capsys):
@@ -949,4 +949,3 @@ def test_humaneval_end_to_end_by_its_task(model_path, tmp_path, capsys):
     ]
     assert reward(completions=whole, **columns) == [1.0] * 6
     assert reward(completions=["    pass\n"] * 6, **columns) == [0.0] * 6
->>>>>>> c511e4f (HumanEval end to end by its task)
