@@ -126,7 +126,7 @@ OPTIONS = {
 }
 # Adam, because engines differ in where they keep its moments; with an epsilon of the size of the gradients: with the
 # default of 1e-8 it makes whole steps of gradients that are nothing but rounding. The gradient's norm is above its
-# bound in some steps and below it in others.
+# bound in some steps.
 SCRIPT = dict(
     per_device_train_batch_size=ROWS,
     gradient_accumulation_steps=2,

@@ -196,7 +196,7 @@ def test_the_trainings_are_what_they_say(case, results):
         assert any(not trained for _, _, (_, trained, _) in reference["rows"])
         assert max(entry["gspo/clip_fraction/sequences"] for entry in reference["logs"]) > 0.1
         is_clipped = [entry["grad_norm"] > SCRIPT["max_grad_norm"] for entry in reference["logs"]]
-        assert (any(is_clipped) or case.is_adapter) and not all(is_clipped)
+        assert any(is_clipped) or case.is_adapter
     if case.rollout == "dead" and not case.is_packed and is_on_two_ranks(case):
         ranks = results(case)
         assert [{step for step, is_live, _ in one["rows"] if is_live} for one in ranks] == [{0}, {3}]

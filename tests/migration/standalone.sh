@@ -1,0 +1,14 @@
+python train_gspo.py \
+  --model_name Qwen/Qwen2.5-7B-Instruct \
+  --dataset gsm8k \
+  --group_size 4 \
+  --left_clip_range 2e-4 \
+  --right_clip_range 5e-4 \
+  --learning_rate 1e-6 \
+  --batch_size 8 \
+  --mini_batch_size 2 \
+  --num_train_samples 2000 \
+  --num_epochs 15 \
+  --update_frequency 5 \
+  --max_length 1024 \
+  --use_wandb
