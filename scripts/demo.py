@@ -59,19 +59,26 @@ def _split(rows: list, *sizes: int) -> list[list]:
     return [*parts, rows[start:]]
 
 
-def corrupted_answers(tokenizer, rows: list[dict], generator: random.Random) -> Iterator[tuple]:
-    """Batches for `pretrain`, without end: the answers of `rows`, of which some are shuffled."""
-    prompt_length = len(rows[0]["prompt"])
+def corrupted_answers(
+    tokenizer,
+    rows: list[dict],
+    generator: random.Random,
+    batch_size: int = PRETRAIN_BATCH,
+    corrupted: float = CORRUPTED,
+) -> Iterator[tuple]:
+    """Batches for `pretrain`, without end: the answers of `rows`, of which the share `corrupted` is shuffled."""
     while True:
-        texts = []
-        for row in generator.sample(rows, PRETRAIN_BATCH):
+        texts, lengths = [], []
+        for row in generator.sample(rows, batch_size):
             answer = list(row["solution"])
-            if generator.random() < CORRUPTED:
+            if generator.random() < corrupted:
                 generator.shuffle(answer)
             texts.append(row["prompt"] + "".join(answer) + tokenizer.eos_token)
-        input_ids = tokenizer(texts, return_tensors="pt")["input_ids"]
-        labels = input_ids.clone()
-        labels[:, :prompt_length] = -100
+            lengths.append(len(row["prompt"]))  # a character is a token
+        input_ids = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")["input_ids"]
+        labels = input_ids.masked_fill(input_ids == tokenizer.pad_token_id, -100)
+        for label, length in zip(labels, lengths, strict=True):
+            label[:length] = -100
         yield input_ids, labels
 
 

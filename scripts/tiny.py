@@ -1,7 +1,6 @@
 """Tiny models and data that the demo and the tests make in seconds: nothing is downloaded."""
 
 import json
-import random
 import string
 from collections.abc import Iterator
 from itertools import islice
@@ -10,6 +9,8 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from trl_gspo import tasks
 
 
 # What `Qwen3` renders, without its tools: enough for chat prompts and for TRL's tests of a template.
@@ -58,10 +59,12 @@ def make_model(tokenizer, moe: bool = False, hidden_size: int = 32, layers: int 
     return Qwen3ForCausalLM(Qwen3Config(**config | overrides))
 
 
-def pretrain(model, batches: Iterator[tuple[torch.Tensor, torch.Tensor]], steps: int) -> None:
+def pretrain(
+    model, batches: Iterator[tuple[torch.Tensor, torch.Tensor]], steps: int, learning_rate: float = 3e-3
+) -> None:
     """Trains `model` on `batches` of `(input_ids, labels)`, both `(B, T)`; a label of -100 is not learnt."""
     optimizer = torch.optim.AdamW(model.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=learning_rate, total_steps=steps)
     for input_ids, labels in islice(batches, steps):
         loss = model(input_ids=input_ids, labels=labels).loss
         optimizer.zero_grad()
@@ -77,7 +80,5 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
 
 
 def sorting_rows(count: int, seed: int, digits: int = 5) -> list[dict]:
-    """Prompts to sort `digits` digits, as `{"prompt": "73914=", "solution": "13479"}`."""
-    generator = random.Random(seed)
-    numbers = ["".join(generator.choices(string.digits, k=digits)) for _ in range(count)]
-    return [{"prompt": f"{number}=", "solution": "".join(sorted(number))} for number in numbers]
+    """The first `count` rows of the task `sort`, as `{"prompt": "73914=", "solution": "13479"}`."""
+    return list(islice(tasks.sorting_rows(seed, digits), count))

@@ -4,6 +4,8 @@ Trains a model with GSPO.
     accelerate launch scripts/train.py --config configs/qwen7b.yaml
     accelerate launch scripts/train.py --config configs/qwen7b.yaml --learning_rate 5e-7 --output_dir outputs/slow
     accelerate launch scripts/train.py --config configs/qwen7b.yaml --resume
+    python scripts/train.py --config configs/qwen7b.yaml --dry_run --dry_run_processes 8
+    accelerate launch scripts/train.py --task gsm8k --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct
 
 Any field of the script's own arguments (below), of `GSPOConfig` and of TRL's `ModelConfig` can stand in the YAML file
 and on the command line, where it wins. Ctrl-C and SIGTERM save a checkpoint at the end of the step; `--resume` goes on
@@ -30,6 +32,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import shlex
 import shutil
 import signal
@@ -38,15 +41,19 @@ import threading
 import time
 import traceback
 import typing
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from datasets import Dataset
+from datasets.exceptions import DatasetNotFoundError
 from safetensors import SafetensorError
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import ProgressCallback, TrainerCallback
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from transformers import AutoTokenizer, ProgressCallback, TrainerCallback
+from trl import GRPOConfig, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_gspo import GSPOConfig, GSPOTrainer
 from trl_gspo.callbacks import RewardProgressCallback, StopOnSignalCallback
@@ -62,13 +69,14 @@ from trl_gspo.checkpoints import (
     write_json,
 )
 from trl_gspo.checks import check_deepspeed_checkpoint
+from trl_gspo.cost import describe, run_cost
 from trl_gspo.curves import CurvesCallback
 from trl_gspo.health import HealthBounds, HealthWatchCallback, non_finite_weight, reward_that_raised
 from trl_gspo.placement import check_memory, connect_deepspeed, start_alone
 from trl_gspo.rewards import check_columns, load_reward
 from trl_gspo.saving import check_saving, merge_adapter
 from trl_gspo.secrets import is_secret, without_secret_words
-from trl_gspo.tasks import columns_of, load_rows, to_prompts
+from trl_gspo.tasks import DataArguments, columns_of, defaults_of, find_task, load_task, scope_rewards
 
 
 # For trackers to send the last they have.
@@ -76,39 +84,11 @@ SECONDS_TO_LEAVE = 60.0
 
 
 @dataclass
-class ScriptArguments:
+class ScriptArguments(DataArguments):
     """
-    Arguments of this script: data, rewards, and how to start.
+    Arguments of this script: data and rewards, as [`~trl_gspo.tasks.DataArguments`] has them, and how to start.
 
     Parameters:
-        dataset_name (`str`):
-            JSON, JSONL, Parquet or CSV file, a folder of such files, or a hub id.
-        dataset_config (`str`, *optional*):
-            Configuration of a hub data set.
-        dataset_train_split (`str`, *optional*, defaults to `"train"`):
-            Split to train on, with an optional slice: `train[:1000]`.
-        eval_dataset_name (`str`, *optional*):
-            File, folder or hub id to evaluate on; `dataset_name` if not set. Read if `eval_strategy` is set.
-        dataset_test_split (`str`, *optional*, defaults to `"test"`):
-            Split to evaluate on.
-        dataset_streaming (`bool`, *optional*, defaults to `False`):
-            Whether to stream the data; needs `max_steps`.
-        prompt_column (`str`, *optional*, defaults to `"prompt"`):
-            Column of the prompt: strings, or lists of messages.
-        prompt_template (`str`, *optional*):
-            Text with column names in braces, in place of `prompt_column`.
-        system_prompt (`str`, *optional*):
-            System message before each prompt.
-        conversational (`bool`, *optional*, defaults to `False`):
-            Whether to render string prompts with the model's chat template.
-        solution_column (`str`, *optional*):
-            Column that rewards get as `solution`.
-        reward_funcs (`list[str]`):
-            Rewards by name: TRL's, ours, `package.module.function`, or a reward model.
-        reward_kwargs (`dict`, *optional*):
-            For `code_reward` and rewards named `get_...`: their arguments by name.
-        allow_code_execution (`bool`, *optional*, defaults to `False`):
-            Whether `code_reward` may run the code that the model writes, on this machine.
         resume (`bool`, *optional*, defaults to `False`):
             Whether to go on from the last checkpoint in `output_dir`; without one the run starts from the beginning.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
@@ -122,42 +102,13 @@ class ScriptArguments:
             to warn of one whose rollouts or updates may not.
         merge_adapter (`bool`, *optional*, defaults to `False`):
             Whether to save the model with the adapter added to its weights, too, in `merged` in `output_dir`.
+        dry_run (`bool`, *optional*, defaults to `False`):
+            Whether to print the effective configuration and what the run costs, and end. Reads the data, and loads no
+            model. Without an accelerator it sets `use_cpu`, so that the configuration of a larger machine can be read.
+        dry_run_processes (`int`, *optional*):
+            Number of processes that `dry_run` counts for; those that it was launched with if not set.
     """
 
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "JSON, JSONL, Parquet or CSV file, a folder of such files, or a hub id."}
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
-    dataset_train_split: str = field(
-        default="train", metadata={"help": "Split to train on, with an optional slice: train[:1000]."}
-    )
-    eval_dataset_name: str | None = field(
-        default=None, metadata={"help": "File, folder or hub id to evaluate on; `dataset_name` if not set."}
-    )
-    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
-    dataset_streaming: bool = field(default=False, metadata={"help": "Whether to stream the data; needs `max_steps`."})
-    prompt_column: str = field(
-        default="prompt", metadata={"help": "Column of the prompt: strings, or lists of messages."}
-    )
-    prompt_template: str | None = field(
-        default=None, metadata={"help": "Text with column names in braces, in place of `prompt_column`."}
-    )
-    system_prompt: str | None = field(default=None, metadata={"help": "System message before each prompt."})
-    conversational: bool = field(
-        default=False, metadata={"help": "Whether to render string prompts with the model's chat template."}
-    )
-    solution_column: str | None = field(default=None, metadata={"help": "Column that rewards get as `solution`."})
-    reward_funcs: list[str] | None = field(
-        default=None,
-        metadata={"help": "Rewards by name: TRL's, ours, package.module.function, or a reward model."},
-    )
-    reward_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "For code_reward and rewards named get_...: arguments by name, as JSON."}
-    )
-    allow_code_execution: bool = field(
-        default=False,
-        metadata={"help": "Whether `code_reward` may run the code that the model writes, on this machine."},
-    )
     resume: bool = field(
         default=False, metadata={"help": "Whether to go on from the last checkpoint in `output_dir`."}
     )
@@ -180,33 +131,52 @@ class ScriptArguments:
         default=False,
         metadata={"help": "Whether to save the adapter merged into its model, too, in `merged` in `output_dir`."},
     )
-
-    def __post_init__(self):
-        if isinstance(self.reward_kwargs, str):
-            try:
-                self.reward_kwargs = json.loads(self.reward_kwargs)
-            except ValueError as error:
-                raise ValueError(f"`reward_kwargs={self.reward_kwargs!r}` is not JSON: {error}.") from error
-        by_name = {} if self.reward_kwargs is None else self.reward_kwargs
-        if not (isinstance(by_name, dict) and all(isinstance(kwargs, dict) for kwargs in by_name.values())):
-            raise ValueError(
-                f"`reward_kwargs={by_name!r}` must be arguments by reward: {{reward: {{argument: value}}}}."
-            )
-        if not self.dataset_name:
-            raise ValueError("`dataset_name` is not set: give a file, a folder or a hub id.")
-        if not self.reward_funcs:
-            raise ValueError("`reward_funcs` is not set: give at least one reward by name.")
-        strangers = sorted(map(str, set(by_name) - set(self.reward_funcs)))
-        if strangers:
-            raise ValueError(f"`reward_kwargs` has arguments for {', '.join(strangers)}, not among `reward_funcs`.")
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Whether to print the effective configuration and what the run costs, and end."},
+    )
+    dry_run_processes: int | None = field(
+        default=None, metadata={"help": "Number of processes that `dry_run` counts for, if not those of this launch."}
+    )
 
 
 class Parser(TrlParser):
     """TRL's parser, which also names the nearest known option for an unknown one, and checks the types in the YAML."""
 
-    def __init__(self, starts: bool = False):
+    def __init__(self, starts: bool = False, script_type: type = ScriptArguments):
         self.starts = starts  # the training arguments start the process group: what it needs has to stand before
-        super().__init__((ScriptArguments, GSPOConfig, ModelConfig, HealthBounds), allow_abbrev=False)
+        super().__init__((script_type, GSPOConfig, ModelConfig, HealthBounds), allow_abbrev=False)
+
+    def parse_args_and_config(self, args, **kwargs):
+        self.given = self._given(args)
+        task = self.given.get("task", (None,))[0]
+        defaults = defaults_of(task, self.given)
+        if self.given.get("dry_run", (False,))[0] and not torch.accelerator.is_available():
+            defaults |= {} if "use_cpu" in self.given else {"use_cpu": True}
+        self.set_defaults_with_config(**defaults)
+        sources = {option: (value, f"task {task}") for option, value in find_task(task).options.items()}
+        self.given = {option: sources[option] for option in defaults if option in sources} | self.given
+        return super().parse_args_and_config(args, **kwargs)
+
+    def _given(self, args: list[str]) -> dict[str, tuple]:
+        """The options in the YAML file and on the command line, each with its value and the name of its source."""
+        args, given = [word for word in args if word not in ("-h", "--help")], {}
+        if "--config" in args[:-1]:
+            index = args.index("--config")
+            path = args[index + 1]
+            args = args[:index] + args[index + 2 :]
+            config = yaml.safe_load(Path(path).read_text())
+            if isinstance(config, dict):  # TRL's parser complains of anything else
+                given = {str(key): (value, path) for key, value in config.items() if key != "env"}
+        defaults = {action: action.default for action in self._actions}
+        for action in self._actions:
+            action.default = argparse.SUPPRESS
+        try:
+            words = vars(super().parse_known_args(args)[0])
+        finally:
+            for action, default in defaults.items():
+                action.default = default
+        return given | {option: (value, "command line") for option, value in words.items()}
 
     def parse_known_args(self, args=None, namespace=None):
         namespace, unknown = super().parse_known_args(args, namespace)
@@ -278,15 +248,19 @@ def config_file(argv: list[str]) -> str | None:
     return words[words.index("--config") + 1] if "--config" in words[:-1] else None
 
 
-def parse(argv: list[str], starts: bool = False) -> tuple[ScriptArguments, GSPOConfig, ModelConfig, HealthBounds]:
+def parse(
+    argv: list[str], starts: bool = False, script_type: type = ScriptArguments
+) -> tuple[ScriptArguments, GSPOConfig, ModelConfig, HealthBounds]:
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if argv[-1:] == ["--config"]:
         raise ValueError("`--config` needs the path of a YAML file.")
+    parser = Parser(starts, script_type)
     try:
-        script_args, training_args, model_args, bounds = Parser(starts).parse_args_and_config(argv)
+        script_args, training_args, model_args, bounds = parser.parse_args_and_config(argv)
     except (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
         # Of YAML that is no mapping of names, or of a value that TRL and transformers compute with unchecked.
         raise ValueError(f"An option has a value that it cannot have: {type(error).__name__}: {error}.") from error
+    script_args.given = parser.given
     if model_args.model_name_or_path is None:
         raise ValueError("`model_name_or_path` is not set: give a folder or a hub id.")
     return script_args, training_args, model_args, bounds
@@ -398,32 +372,106 @@ def has_model_of(checkpoint: str, output_dir: str) -> bool:
 
 
 def load_data(script_args: ScriptArguments, training_args: GSPOConfig):
-    train_name, eval_name = script_args.dataset_name, script_args.eval_dataset_name or script_args.dataset_name
-    splits = (script_args.dataset_train_split, script_args.dataset_test_split)
     if script_args.dataset_streaming and training_args.max_steps <= 0:
         raise ValueError("`dataset_streaming` needs `max_steps`: a stream has no length.")
-    if training_args.eval_strategy != "no" and eval_name == train_name and os.path.isfile(eval_name):
-        if not any("[" in split for split in splits):
-            raise ValueError(
-                f"`eval_strategy` is set, and `{eval_name}` has no split to evaluate on that was not trained on: it "
-                "is a file. Set `eval_dataset_name`, or slices: `dataset_train_split: train[100:]` and "
-                "`dataset_test_split: test[:100]`."
-            )
+    return load_task(script_args, evaluation=training_args.eval_strategy != "no")
 
-    def load(name, split):
-        config = script_args.dataset_config if name == train_name else None
-        rows = load_rows(name, split, config, script_args.dataset_streaming)
-        return to_prompts(
-            rows,
-            script_args.prompt_column,
-            script_args.prompt_template,
-            script_args.system_prompt,
-            script_args.conversational,
-            script_args.solution_column,
+
+def load_rewards(script_args: ScriptArguments, training_args: GSPOConfig) -> list:
+    """The rewards of `reward_funcs`, those of a mixture kept to their tasks."""
+    rewards = [
+        load_reward(
+            name,
+            (script_args.reward_kwargs or {}).get(name),
+            training_args.max_completion_length,
+            script_args.allow_code_execution,
         )
+        for name in script_args.reward_funcs
+    ]
+    return scope_rewards(script_args, rewards)
 
-    train = load(train_name, splits[0])
-    return train, None if training_args.eval_strategy == "no" else load(eval_name, splits[1])
+
+def print_task(script_args: ScriptArguments) -> None:
+    """Says what a named task stands for, and what of it was chosen otherwise."""
+    if script_args.task is None or os.environ.get("RANK", "0") != "0":
+        return
+    own = f"task {script_args.task}"
+    kept, changed = [], []
+    for name, value in find_task(script_args.task).options.items():
+        chosen, source = script_args.given.get(name, (None, "left out, with its data set"))
+        (kept if source == own else changed).append(
+            f"{name}={value!r}" if source == own else f"{name}={chosen!r} ({source})"
+        )
+    print(f"task        {script_args.task}: {', '.join(kept) or 'nothing of its own'}")
+    if changed:
+        print(f"            not the task's: {', '.join(changed)}")
+
+
+def print_dry_run(script_args, training_args, model_args, bounds, train_dataset, eval_dataset, why_not: str) -> None:
+    """The effective configuration, with the source of each value, and what the run costs."""
+    cost = run_cost(
+        training_args,
+        *(len(rows) if isinstance(rows, Dataset) else None for rows in (train_dataset, eval_dataset)),
+        script_args.dry_run_processes,
+        "generation_batch_size" in script_args.given,
+    )
+    if os.environ.get("RANK", "0") != "0":
+        return
+    print("Effective configuration: what differs from the defaults, and where it is from")
+    for name, value, source in effective_options(script_args.given, script_args, training_args, model_args, bounds):
+        print(f"  {name:32}{show(name, value):40}  {source}")
+    print("Cost")
+    train_rows = len(train_dataset) if isinstance(train_dataset, Dataset) else None
+    lengths = prompt_lengths(model_args, training_args, train_dataset) if train_rows else []
+    print("\n".join(describe(cost, training_args, train_rows, lengths)))
+    if why_not:
+        print(f"  {'data':16}not read: {why_not}")
+
+
+def effective_options(given: dict[str, tuple], *parsed) -> Iterator[tuple]:
+    """Name, value and source of each option that differs from its default, or whose default differs from TRL's."""
+    for arguments in parsed:
+        for spec in fields(arguments):
+            if not spec.init or spec.name in ("dry_run", "dry_run_processes"):
+                continue
+            value = getattr(arguments, spec.name)
+            default = spec.default if spec.default is not MISSING else None
+            theirs = GRPOConfig.__dataclass_fields__.get(spec.name, spec) if arguments is parsed[1] else spec
+            if spec.name in given:
+                if value != default or value != theirs.default:
+                    yield spec.name, value, given[spec.name][1]
+            elif theirs is not spec and default != theirs.default and value == default:
+                yield spec.name, value, f"default of GSPOConfig (TRL: {theirs.default!r})"
+            elif spec.name in ("steps_per_generation", "use_cpu") and value != default:
+                yield (
+                    spec.name,
+                    value,
+                    "four optimizer steps a rollout" if spec.name != "use_cpu" else "no accelerator",
+                )
+
+
+def show(name: str, value) -> str:
+    """A value as text, without what is nobody's business."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {show(str(key), item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(show(name, item) for item in value) + "]"
+    if is_secret(name) and value is not None:
+        return "(hidden)"
+    text = repr(getattr(value, "value", value))
+    return re.sub(r"\b(hf|sk)[_-]\w{8,}", "(hidden)", re.sub(r"//[^/@\s]+@", "//(hidden)@", text))
+
+
+def prompt_lengths(model_args: ModelConfig, training_args: GSPOConfig, rows: Dataset, count: int = 256) -> list[int]:
+    """Tokens of some prompts; none where the tokenizer is not at hand."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
+    except (OSError, ValueError):
+        return []
+    prompts = rows.shuffle(seed=0).select(range(min(count, len(rows))))["prompt"]
+    options = {"tokenize": False, "add_generation_prompt": True} | (training_args.chat_template_kwargs or {})
+    texts = [p if isinstance(p, str) else tokenizer.apply_chat_template(p, **options) for p in prompts]
+    return [len(ids) for ids in tokenizer(texts)["input_ids"]]
 
 
 def summarize(log_history: list[dict], rollout_steps: int, **facts) -> dict:
@@ -514,20 +562,22 @@ def main(argv: list[str]) -> int:
         if script_args.memory_check:
             check_memory(training_args, model_args, config_file(argv))
         connect_deepspeed(training_args)
-        checkpoint = find_checkpoint(script_args, training_args)
-        rewards = [
-            load_reward(
-                name,
-                (script_args.reward_kwargs or {}).get(name),
-                training_args.max_completion_length,
-                script_args.allow_code_execution,
-            )
-            for name in script_args.reward_funcs
-        ]
-        train_dataset, eval_dataset = load_data(script_args, training_args)
+        checkpoint = None if script_args.dry_run else find_checkpoint(script_args, training_args)
+        print_task(script_args)
+        rewards, why_not = load_rewards(script_args, training_args), ""
+        try:
+            train_dataset, eval_dataset = load_data(script_args, training_args)
+        except (ConnectionError, DatasetNotFoundError) as error:  # a hub that is out of reach
+            if not script_args.dry_run:
+                raise
+            train_dataset, eval_dataset, why_not = None, None, str(error)
         for rows in filter(None, (train_dataset, eval_dataset)):
             for reward in rewards:
                 check_columns(reward, columns_of(rows))
+        if script_args.dry_run:
+            parsed = (script_args, training_args, model_args, bounds)
+            print_dry_run(*parsed, train_dataset, eval_dataset, why_not)
+            return 0
         if checkpoint is not None and is_finished(checkpoint, training_args):
             if has_model_of(checkpoint, training_args.output_dir):
                 print(f"{checkpoint} is the end of this run. To train on, set a larger `max_steps`.")
@@ -573,7 +623,8 @@ def main(argv: list[str]) -> int:
         return 128 + stop.signum
 
     # A local path means nothing to a reader of the card, and is nobody's business.
-    dataset_name = None if os.path.exists(script_args.dataset_name) else script_args.dataset_name
+    dataset_name = script_args.dataset_name
+    dataset_name = None if dataset_name is None or os.path.exists(dataset_name) else dataset_name
     try:
         save_model(
             output_dir,

@@ -12,6 +12,7 @@ import sys
 import threading
 from pathlib import Path
 
+import evaluate
 import pytest
 import train
 from tiny import sorting_rows, write_jsonl
@@ -24,6 +25,7 @@ from trl_gspo.objective import EPSILON_LOW
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
+needs_gsm8k = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data is not there")
 TINY = {
     "reward_funcs": "exact_match_reward",
     "num_generations": 4,
@@ -190,6 +192,140 @@ def test_bad_input_that_only_shows_with_the_data_is_one_line_too(options, messag
     given = {"dataset_name": data, "model_name_or_path": model_path} | options
     assert train.main(arguments(**given)) == 2
     assert message in capsys.readouterr().err
+
+
+# Named tasks, and what a run would cost.
+
+
+def test_a_task_is_named_before_anything_else(capsys):
+    assert train.main(["--task", "gsm8", "--epsilon", "7"]) == 2
+    assert "`task=gsm8` is not known, did you mean 'gsm8k'" in capsys.readouterr().err
+
+
+def test_a_task_sets_defaults_that_the_config_and_the_command_line_win_over(tmp_path, monkeypatch):
+    (tmp_path / "c.yaml").write_text(
+        "task: gsm8k\nmodel_name_or_path: m\nsystem_prompt: null\nuse_cpu: true\nbf16: false"
+    )
+    config = ["--config", str(tmp_path / "c.yaml")]
+    args = train.parse(config)[0]
+    assert (args.dataset_name, args.dataset_config, args.system_prompt) == ("openai/gsm8k", "main", None)
+    assert (args.prompt_column, args.reward_funcs) == ("question", ["final_number_reward"])
+    assert args.given["dataset_name"] == ("openai/gsm8k", "task gsm8k")
+    assert args.given["system_prompt"] == (None, config[1])
+    args = train.parse([*config, "--prompt-column", "q", "--dataset_name=rows.jsonl"])[0]
+    assert (args.dataset_name, args.dataset_config, args.prompt_column) == ("rows.jsonl", None, "q")
+    assert args.given["prompt_column"] == ("q", "command line")
+    args = train.parse([*config, "--task", "sort"])[0]
+    assert (args.dataset_name, args.num_train_samples, args.reward_funcs) == (None, 4096, ["exact_match_reward"])
+    monkeypatch.chdir(ROOT)
+    assert (
+        train.parse([*config, "--task", "tests.own_task.make", "--dataset_name", "d"])[0].prompt_column == "question"
+    )
+
+
+def test_the_effective_choice_is_printed(data, model_path, tmp_path, capsys):
+    argv = arguments(model_name_or_path="no/such", output_dir=tmp_path / "o")[2:]
+    assert train.main([*argv, "--task", "sort", "--dataset_name", data, "--num_train_samples", "30"]) == 2
+    printed = capsys.readouterr().out
+    assert "task        sort: reward_funcs=['exact_match_reward']\n" in printed
+    left_out = "num_eval_samples=None (left out, with its data set)"
+    assert f"not the task's: num_train_samples=30 (command line), {left_out}" in printed
+
+
+DRY = """
+model_name_or_path: {model}
+task: sort
+num_train_samples: 64
+num_eval_samples: 8
+per_device_train_batch_size: 8
+gradient_accumulation_steps: 2
+num_generations: 4
+max_completion_length: 6
+num_train_epochs: 3
+save_steps: 10
+eval_strategy: steps
+eval_steps: 6
+per_device_eval_batch_size: 8
+beta: 0.25
+epsilon: 3.0e-4
+disable_dropout: false
+hub_token: hf_abcdefghijklmn
+model_init_kwargs: {{token: not-for-you, a: 1}}
+vllm_server_base_url: http://user:pass@host:1
+report_to: none
+"""
+
+
+def test_a_dry_run_prints_what_differs_and_what_it_costs(model_path, tmp_path, capsys, monkeypatch):
+    def no_model(*args, **kwargs):
+        raise AssertionError("a dry run loads no model")
+
+    monkeypatch.setattr(train, "make_trainer", no_model)
+    (tmp_path / "c.yaml").write_text(DRY.format(model=model_path))
+    write_checkpoint(tmp_path / "o", 3)  # no run that is in the way
+    argv = ["--config", str(tmp_path / "c.yaml"), "--output_dir", str(tmp_path / "o"), "--learning_rate", "2e-5"]
+    for flag in ("--dry_run", "--dry-run"):
+        assert train.main([*argv, flag]) == 0
+    printed = capsys.readouterr().out
+    lines = [" ".join(line.split()) for line in printed.splitlines()]
+    config = tmp_path / "c.yaml"
+    for line in (
+        f"beta 0.25 {config}",
+        f"disable_dropout False {config}",
+        "learning_rate 2e-05 command line",
+        "reward_funcs ['exact_match_reward'] task sort",
+        "loss_type 'grpo' default of GSPOConfig (TRL: 'dapo')",
+        "steps_per_generation 8 four optimizer steps a rollout",
+        f"hub_token (hidden) {config}",
+        f"vllm_server_base_url 'http://(hidden)@host:1' {config}",
+        "processes 1",
+        # A prompt is five digits and "=".
+        "optimizer step 16 completions; at most 96 generated tokens, about 96 of prompts, through forward and "
+        "backward",
+        "rollout batch 16 prompts x 4 = 64 completions; at most 384 generated tokens, about 384 of prompts; lasts 4 "
+        "optimizer steps",
+        "prompts 6 tokens in the mean, 6 at most, of 64 drawn",
+        "run 48 optimizer steps, 12 rollout batches: 768 completions; at most 4,608 generated tokens, about 4,608 of "
+        "prompts",
+        "data 64 prompts, gone over 3.00 times",
+        "checkpoints 5",
+        "evaluation 8 times, each 32 completions; at most 192 generated tokens, about 192 of prompts",
+    ):
+        assert line in lines, line
+    assert any(line.startswith("model_init_kwargs {token: (hidden), a: 1}") for line in lines)
+    assert "max_steps" not in printed and "weight_decay" not in printed
+    assert not re.search("abcdefgh|not-for-you|user:pass", printed)
+
+    assert train.main([*argv, "--dry_run", "--dry_run_processes", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert "64 prompts x 4 = 256 completions" in printed and "12 optimizer steps, 3 rollout batches" in printed
+    assert train.main([*argv, "--dry_run", "--dry_run_processes", "8"]) == 2
+    assert "has 64 prompts to train on, and one rollout batch takes 128" in capsys.readouterr().err
+
+
+def test_a_dry_run_does_without_a_hub_but_not_without_a_file(capsys, tmp_path):
+    argv = ["--config", str(ROOT / "configs/gsm8k_0.5b.yaml"), "--dry_run"]
+    assert train.main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "not read: " in printed and "500 optimizer steps, 125 rollout batches: 32,000 completions" in printed
+    assert train.main([*argv, "--dataset_name", str(tmp_path / "none.jsonl")]) == 2
+    assert "none.jsonl` does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("api_key", "x", "(hidden)"),
+        ("a", {"secret": "x", "b": ["y"]}, "{secret: (hidden), b: ['y']}"),
+        ("wandb_api_key", None, "None"),
+        ("a", "https://u:p@h/x", "'https://(hidden)@h/x'"),
+        ("a", "key hf_aaaaaaaaaa", "'key (hidden)'"),
+        ("max_tokens", 3, "3"),
+        ("output_dir", "o", "'o'"),
+    ],
+)
+def test_what_is_secret_is_not_shown(name, value, shown):
+    assert train.show(name, value) == shown
 
 
 def write_checkpoint(folder, step, max_steps=8, is_complete=True):
@@ -415,9 +551,64 @@ def test_a_signal_to_one_of_two_processes_stops_both(data, model_path, tmp_path)
     AutoModelForCausalLM.from_pretrained(checkpoint)
 
 
-def finished(argv, **options):
+@needs_gsm8k
+@pytest.mark.slow
+def test_gsm8k_end_to_end_by_its_task(model_path, tmp_path):
+    """Trained on local files by the task's name, then evaluated before against after."""
+    shared = ["--task", "gsm8k", "--dataset_name", str(DATA / "gsm8k"), "--output_dir", str(tmp_path)]
+    shared += arguments(max_completion_length=12)[2:]
+    options = ["--num_train_samples", "48", "--max_steps", "4", "--num_eval_samples", "6", "--eval_strategy", "steps"]
+    options += ["--eval_steps", "4", "--model_name_or_path", model_path]
+    returned, printed = finished([*shared, *options], seconds=300)
+    assert returned == 0, printed
+    assert "task        gsm8k: prompt_column='question'" in printed
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    logged = {key for entry in state["log_history"] for key in entry}
+    assert {"rewards/final_number_reward/mean", "eval_reward"} <= logged and state["global_step"] == 4
+    argv = [*shared, "--model_name_or_path", str(tmp_path), "--before", model_path, "--num_eval_samples", "6"]
+    assert evaluate.main([*argv, "--num_samples", "2"]) == 0
+    report = json.loads((tmp_path / "evaluation" / "report.json").read_text())
+    assert report["problems"] == 6 and set(report["models"]) == {"before", "after"}
+    rows = [json.loads(line) for line in (tmp_path / "evaluation" / "samples.jsonl").read_text().splitlines()]
+    assert all("####" in row["row"]["solution"] for row in rows)
+
+
+REWARDS_OF_A_SERVICE = ["keywords_reward", "pattern_reward", "soft_overlong_punishment_reward", "judge"]
+
+
+@pytest.mark.slow
+def test_several_rewards_with_weights_end_to_end(model_path, tokenizer, tmp_path):
+    """The example of a customer service, with a tiny model and a tiny reward model."""
+    import customer_service
+    from transformers import Qwen3Config, Qwen3ForSequenceClassification
+
+    base = json.loads((Path(model_path) / "config.json").read_text()) | {"num_labels": 1}
+    Qwen3ForSequenceClassification(Qwen3Config(**base)).save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    data = tmp_path / "data.jsonl"
+    assert customer_service.main(["--rows", "60", "--output", str(data)]) == 0
+    config = (ROOT / "configs" / "customer_service.yaml").read_text()
+    config = config.replace("outputs/customer_service/reward_model", str(tmp_path / "judge"))
+    (tmp_path / "c.yaml").write_text(config)
+    small = {key: value for key, value in TINY.items() if key != "reward_funcs"}
+    small |= {"dataset_name": data, "model_name_or_path": model_path, "output_dir": tmp_path / "run", "max_steps": 2}
+    small |= {"gradient_accumulation_steps": 1, "steps_per_generation": 2, "num_eval_samples": 8, "eval_steps": 2}
+    small |= {"per_device_eval_batch_size": 32, "max_completion_length": 20}
+    argv = [part for key, value in small.items() for part in (f"--{key}", str(value))]
+    returned, printed = finished(["--config", str(tmp_path / "c.yaml"), *argv], seconds=300)
+    assert returned == 0, printed
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    entries = [entry for entry in state["log_history"] if "reward" in entry]
+    for entry in entries:
+        means = [entry[f"rewards/{name}/mean"] for name in REWARDS_OF_A_SERVICE]
+        total = sum(weight * mean for weight, mean in zip((1.0, 0.5, 0.5, 0.1), means, strict=True))
+        assert entry["reward"] == pytest.approx(total, abs=1e-5)
+    assert all(entry["rewards/judge/mean"] != 0 for entry in entries) and entries
+
+
+def finished(argv, seconds=120, **options):
     process = launch(argv, **options)
-    printed, _ = process.communicate(timeout=120)
+    printed, _ = process.communicate(timeout=seconds)
     return process.returncode, printed
 
 
@@ -701,3 +892,60 @@ def test_the_grpo_example_of_trl_with_the_class_swapped(model_path, tmp_path):
     assert "train_runtime" in ran.stdout
     (saved,) = tmp_path.glob("*-GSPO/checkpoint-*")
     AutoModelForCausalLM.from_pretrained(saved)
+
+
+@pytest.mark.exhaustive
+def test_a_family_of_reasoning_gym_is_learnt(tmp_path):
+    """The run of docs/tasks.md, shorter: accuracy on words that neither training has seen rises."""
+    pytest.importorskip("reasoning_gym")
+    import reasoning
+
+    base, output = tmp_path / "base", tmp_path / "run"
+    config = ["--config", str(ROOT / "configs" / "reasoning_tiny.yaml"), "--output_dir", str(output)]
+    assert reasoning.main(["--folder", str(base)]) == 0
+    options = ["--model_name_or_path", str(base), "--max_steps", "120", "--eval_strategy", "no"]
+    returned, printed = finished([*config, *options], seconds=600)
+    assert returned == 0, printed
+    assert evaluate.main([*config, "--model_name_or_path", str(output), "--before", str(base)]) == 0
+    report = json.loads((output / "evaluation" / "report.json").read_text())
+    change = report["difference"]["1"]
+    assert report["problems"] == 512 and change["low"] > 0.05 and change["p_value"] < 1e-6, change
+
+
+@needs_gsm8k
+@pytest.mark.slow
+def test_humaneval_end_to_end_by_its_task(model_path, tmp_path, capsys):
+    """Refused without leave; trained with it; canonical solutions score 1 through the task's columns."""
+    shared = [
+        "--task",
+        "code",
+        "--dataset_name",
+        str(DATA / "humaneval" / "HumanEval.jsonl"),
+        "--num_eval_samples",
+        "6",
+    ]
+    shared += arguments(max_completion_length=12)[2:]
+    options = ["--model_name_or_path", model_path, "--output_dir", str(tmp_path), "--max_steps", "2"]
+    options += ["--num_train_samples", "16"]
+    assert train.main([*shared, *options]) == 2
+    assert "--allow_code_execution" in capsys.readouterr().err
+    returned, printed = finished([*shared, *options, "--allow_code_execution"])
+    assert returned == 0, printed
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert {entry["rewards/code_reward/mean"] for entry in history if "reward" in entry} == {0.0}
+    argv = [*shared, "--model_name_or_path", str(tmp_path), "--output_dir", str(tmp_path), "--allow_code_execution"]
+    assert evaluate.main([*argv, "--num_samples", "2"]) == 0
+    report = json.loads((tmp_path / "evaluation" / "report.json").read_text())
+    assert report["problems"] == 6 and report["models"]["model"]["rewards"] == {"code_reward": 0.0}
+
+    args = train.parse([*argv, "--allow_code_execution"])[0]
+    rows = train.load_task(args, train=False)[1]
+    (reward,) = train.load_rewards(args, train.parse(argv)[1])
+    columns = {name: rows[name][:] for name in ("tests", "code_prefix", "entry_point")}
+    assert reward(completions=rows["canonical_solution"][:], **columns) == [1.0] * 6
+    whole = [
+        f"Here:\n```python\n{prefix}{body}```\n"
+        for prefix, body in zip(rows["code_prefix"], rows["canonical_solution"], strict=True)
+    ]
+    assert reward(completions=whole, **columns) == [1.0] * 6
+    assert reward(completions=["    pass\n"] * 6, **columns) == [0.0] * 6

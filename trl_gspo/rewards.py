@@ -5,10 +5,12 @@ A reward function takes `completions` and the columns of the dataset as keyword 
 each completion, or `None` where it does not apply. Completions are strings, or lists of messages for chat prompts.
 """
 
+import ast
 import difflib
 import functools
 import importlib
 import inspect
+import json
 import logging
 import os
 import re
@@ -105,7 +107,165 @@ def final_number_reward(completions: list, solution: Sequence[str | None], **kwa
     ]
 
 
-_OURS = {function.__name__: function for function in (exact_match_reward, final_number_reward)}
+def keywords_reward(completions: list, keywords: Sequence[list[str] | None], **kwargs: Any) -> list[float | None]:
+    """
+    The share of a row's keywords that the completion holds, whatever their case; for facts that an answer must name.
+
+    Args:
+        completions (`list`): strings, or lists of messages, of which the last counts.
+        keywords (`Sequence[list[str] | None]`): the words or phrases of each row; the reward is `None` where there is
+            none.
+        **kwargs (`Any`): other columns, not used.
+
+    Returns:
+        `list[float | None]`: one for each completion, in [0, 1].
+    """
+    scores: list[float | None] = []
+    for completion, words in zip(completions, keywords, strict=True):
+        text = _text(completion).lower()
+        scores.append(sum(word.lower() in text for word in words) / len(words) if words else None)
+    return scores
+
+
+def get_pattern_reward(pattern: str) -> Callable:
+    r"""
+    A reward that is 1 where the whole completion, up to white space around it, matches a regular expression, else 0.
+
+    Args:
+        pattern (`str`): such as `"(Hello|Dear) .*(Best regards|Yours).*"`; a dot matches line ends too.
+
+    Returns:
+        `Callable`: the reward function.
+
+    Raises:
+        ValueError: if `pattern` is not a regular expression.
+    """
+    try:
+        compiled = re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise ValueError(f"`reward_kwargs` gives `get_pattern_reward` the pattern {pattern!r}: {error}.") from error
+
+    def pattern_reward(completions: list, **kwargs: Any) -> list[float]:
+        return [float(compiled.fullmatch(_text(completion).strip()) is not None) for completion in completions]
+
+    return pattern_reward
+
+
+# Families of reasoning-gym 0.1.25 whose verifiers evaluate the answer as Python: plainly, or in sympy's parser, which
+# does the same. What a model wrote gets there only as a Python literal, as arithmetic, or as algebra.
+_EVALUATED_FAMILIES = {
+    "binary_matrix": "literal",
+    "n_queens": "literal",
+    "spiral_matrix": "literal",
+    "string_insertion": "literal",
+    "countdown": "arithmetic",
+    "puzzle24": "arithmetic",
+    "intermediate_integration": "algebra",
+    "polynomial_multiplication": "algebra",
+    "simple_integration": "algebra",
+}
+_FUNCTIONS = {"sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan", "sinh", "cosh", "tanh"}
+_FUNCTIONS |= {"exp", "log", "ln", "sqrt", "pi", "Abs"}
+_LONGEST_FORMULA = 500
+
+
+def reasoning_reward(completions: list, reasoning_item: Sequence[str | None], **kwargs: Any) -> list[float | None]:
+    """
+    What reasoning-gym's own verifier gives the answer, mostly 1 or 0; some families give shares.
+
+    The answer is what stands between the last `<answer>` and `</answer>`; without these, all behind the last
+    `</think>`. Needs the extra `reasoning`. Some verifiers evaluate the answer as Python: to those it gets only as a
+    literal or as a formula, so that nothing a model wrote is run.
+
+    Args:
+        completions (`list`): strings, or lists of messages, of which the last counts.
+        reasoning_item (`Sequence[str | None]`): as the task `reasoning` makes them: JSON of family, seed, index and
+            parameters. The reward is `None` where it is.
+        **kwargs (`Any`): other columns, not used.
+
+    Returns:
+        `list[float | None]`: one for each completion.
+    """
+    scores: list[float | None] = []
+    for completion, item in zip(completions, reasoning_item, strict=True):
+        if item is None:
+            scores.append(None)
+            continue
+        answer = _final_answer(_text(completion))
+        dataset, entry = reasoning_entry(item)
+        if not _is_safe(answer, _EVALUATED_FAMILIES.get(json.loads(item)["family"])):
+            scores.append(float(answer == entry["answer"]))
+            continue
+        try:
+            scores.append(float(dataset.score_answer(answer, entry)))
+        except Exception:  # a verifier that trips over an answer has not found it right
+            scores.append(0.0)
+    return scores
+
+
+def _final_answer(text: str) -> str:
+    tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    return (tagged[-1] if tagged else text.rsplit("</think>", 1)[-1]).strip()
+
+
+def _is_safe(answer: str, kind: str | None) -> bool:
+    """Whether evaluating `answer` runs nothing but a literal, or a formula that ends soon."""
+    if kind is None:
+        return True
+    if kind == "literal":
+        try:
+            ast.literal_eval(answer)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return False
+        return True
+    if len(answer) > _LONGEST_FORMULA or re.search(r"[^A-Za-z0-9\s.+*/()-]|\.(?!\d)|\d{7}", answer):
+        return False
+    words = re.findall(r"[A-Za-z]+", answer)
+    if kind == "arithmetic":
+        return not words and "**" not in answer
+    # Towers of powers are numbers that no machine writes down: small exponents, and few powers of brackets.
+    exponents = re.findall(r"\*\*\s*(?:-?\d{1,2}|\(-?\d{1,2}(?:/\d{1,2})?\))(?!\s*\*\*|\d)", answer)
+    return (
+        all(len(word) == 1 or word in _FUNCTIONS for word in words)
+        and len(exponents) == answer.count("**")
+        and len(re.findall(r"\)\s*\*\*", answer)) <= 2
+    )
+
+
+def _reasoning_gym():
+    try:
+        import reasoning_gym.factory
+    except ImportError as error:
+        raise ImportError(
+            "The task `reasoning` and the reward `reasoning_reward` need reasoning-gym: pip install "
+            '"trl_gspo[reasoning]".'
+        ) from error
+    return reasoning_gym.factory
+
+
+def reasoning_families() -> list[str]:
+    """The families of reasoning-gym by name."""
+    return sorted(_reasoning_gym().DATASETS)
+
+
+@functools.lru_cache(maxsize=256)
+def reasoning_dataset(family: str, seed: int, params: str) -> Any:
+    """A family of reasoning-gym; `params` as JSON."""
+    return _reasoning_gym().create_dataset(family, seed=seed, **json.loads(params))
+
+
+@functools.lru_cache(maxsize=1024)
+def reasoning_entry(item: str) -> tuple[Any, dict[str, Any]]:
+    """The data set and the entry that a `reasoning_item` stands for."""
+    fields = json.loads(item)
+    dataset = reasoning_dataset(fields["family"], fields["seed"], json.dumps(fields["params"]))
+    return dataset, dataset[fields["index"]]
+
+
+_OURS = {
+    function.__name__: function
+    for function in (exact_match_reward, final_number_reward, get_pattern_reward, keywords_reward, reasoning_reward)
+}
 
 
 def _trl_names() -> list[str]:
