@@ -158,11 +158,14 @@ def test_a_checkpoint_with_a_strange_pickle_runs_nothing(name, checkpoint, comma
     torch.save({"a": Evil(ran)}, tmp_path / "run" / "checkpoint-4" / name)
     with signals_restored():
         returned = train.main([*command(max_steps=5), "--resume"])
-    # The arguments are those of the command: the Trainer never reads the file.
-    assert (returned == 0) == (name == "training_args.bin")
     assert not ran.exists()
-    if returned:
-        assert "nsupported" in capsys.readouterr().err  # torch's, of what is not weights
+    printed = capsys.readouterr()
+    # The arguments are those of the command: the Trainer never reads the file. A checkpoint that cannot be read as
+    # weights is no checkpoint to go on from, or torch refuses it.
+    if name != "training_args.bin":
+        assert "passed over" in printed.out or (returned and "nsupported" in printed.err), printed
+    else:
+        assert returned == 0
 
 
 @pytest.fixture
