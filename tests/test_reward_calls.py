@@ -279,6 +279,27 @@ def test_what_no_exception_ends_ends_the_process_with_its_stack(name):
     assert "Timeout (0:00:00.600000)!" in run.stderr and f"in {name}" in run.stderr, run.stderr
 
 
+RETURNING = """
+import asyncio, time
+from trl_gspo import reward_calls
+
+reward_calls.GRACE = 0.1
+
+async def later():
+    return [1.0]
+
+reward_calls.guard(lambda: [1.0], "f", 0.2)()
+asyncio.run(reward_calls.guard(later, "f", 0.2)())
+time.sleep(1)
+print("alive")
+"""
+
+
+def test_a_call_that_returned_leaves_nothing_that_ends_the_process():
+    run = subprocess.run([sys.executable, "-c", RETURNING], capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stdout) == (0, "alive\n"), run.stderr
+
+
 def command_line(model_path, folder, reward):
     options = dict(
         dataset_name=write_jsonl(folder / "rows.jsonl", sorting_rows(32, seed=0)),

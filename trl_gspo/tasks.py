@@ -607,7 +607,10 @@ def load_rows(name: str, split: str, config: str | None = None, streaming: bool 
             raise ValueError(f"`{name}` has no split {split!r}; it has {', '.join(saved)}.")
         rows = saved[split] if isinstance(saved, dict) else saved
     else:
-        rows = load_dataset(str(path) if is_path else name, config, split=split, streaming=streaming)
+        try:
+            rows = load_dataset(str(path) if is_path else name, config, split=split, streaming=streaming)
+        except RuntimeError as error:  # that of `datasets` for a data set whose loading is code
+            raise ValueError(f"`{name}` cannot be loaded: {error}") from error
     if len(rows) == 0 if isinstance(rows, Dataset) else next(iter(rows), None) is None:
         raise ValueError(f"`{name}` has no row in split {split!r}.")
     return rows
