@@ -441,7 +441,12 @@ def test_the_tables_lead_to_options_of_the_script():
     options = {action.dest for action in train.Parser()._actions} - {"help"}
     assert set(migration.known_options()) - {"env"} <= options
     # The script's own that start a run are not those of a configuration.
-    assert options - set(migration.known_options()) <= {"resume", "overwrite_output_dir"}
+    assert options - set(migration.known_options()) <= {
+        "resume",
+        "overwrite_output_dir",
+        "dry_run",
+        "dry_run_processes",
+    }
     for system, rows in SYSTEMS.items():
         for name, row in rows.items():
             if row.to is None:

@@ -129,7 +129,10 @@ def test_bad_arguments_end_with_one_line(argv, message, capsys):
             "{reward_funcs: exact_mach_reward, dataset_name: 3, model_name_or_path: m, use_cpu: true, bf16: false}",
             "has no 'exact_mach_reward'",
         ),
-        ("{gradient_accumulation_steps: 0, dataset_name: d, reward_funcs: r}", "must be at least 1, got 0"),
+        (
+            "{gradient_accumulation_steps: 0, dataset_name: d, reward_funcs: r}",
+            "must be a whole number, at least 1, got 0",
+        ),
         ("num_generations: 4.5", "num_generations/--num-generations: invalid int value: '4.5'"),
         ("- 1", "must contain a YAML mapping"),
         (

@@ -29,9 +29,9 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
     get_reporting_integration_callbacks,
 )
-from trl.import_utils import is_vllm_available
 
 from .config import GSPOConfig
+from .host import is_vllm_available
 
 
 logger = get_logger(__name__)

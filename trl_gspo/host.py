@@ -13,12 +13,14 @@ SUPPORTED_TRL = SpecifierSet(">=1.14.2,<1.17")
 # `GRPOConfig` fields that `GSPOConfig` reads or redeclares.
 _CONFIG_FIELDS = {
     "beta",
+    "deepspeed",
     "disable_dropout",
     "epsilon",
     "epsilon_high",
     "generation_batch_size",
     "generation_kwargs",
     "gradient_accumulation_steps",
+    "hub_token",
     "importance_sampling_level",
     "loss_type",
     "max_completion_length",
@@ -92,6 +94,7 @@ check_trl()
 
 import trl.trainer.utils  # noqa: E402 - only after the check, whose message beats an AttributeError
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402 - only after the check, whose message beats an AttributeError
+from trl.import_utils import is_vllm_available  # noqa: E402
 from trl.models.utils import disable_gradient_checkpointing  # noqa: E402
 from trl.trainer.utils import nanstd  # noqa: E402
 
@@ -106,5 +109,6 @@ __all__ = [
     "GRPOTrainer",
     "check_trl",
     "disable_gradient_checkpointing",
+    "is_vllm_available",
     "nanstd",
 ]

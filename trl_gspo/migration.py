@@ -41,6 +41,7 @@ from .migration_tables import (
     Row,
 )
 from .objective import EPSILON_HIGH, EPSILON_LOW, LEVELS
+from .tasks import DataArguments
 
 
 # Below this a KL coefficient becomes 0: the rule of the conversion helper in stateset-agents' guide. GSPO's objective
@@ -53,27 +54,8 @@ _PAPER_STEPS = f"{MINIBATCHES} x gradient_accumulation_steps (paper, section 5.1
 # Where the source packs a micro-batch by tokens, it names no number of completions for one.
 _MICRO_BATCH = 8
 
-# Options of `scripts/train.py` that are none of TRL's; a test compares them with its parser.
-SCRIPT_OPTIONS = (
-    "dataset_name",
-    "dataset_config",
-    "dataset_train_split",
-    "eval_dataset_name",
-    "dataset_test_split",
-    "dataset_streaming",
-    "prompt_column",
-    "prompt_template",
-    "system_prompt",
-    "conversational",
-    "solution_column",
-    "reward_funcs",
-    "reward_kwargs",
-    "allow_code_execution",
-    "health_watch",
-    "curves",
-    "memory_check",
-    "merge_adapter",
-)
+# Options of `scripts/train.py` beside those of data and rewards; a test compares them with its parser.
+SCRIPT_OPTIONS = ("health_watch", "curves", "memory_check", "merge_adapter")
 
 # Without these `scripts/train.py` does not start.
 REQUIRED = {
@@ -155,7 +137,7 @@ def is_token_level(epsilon: float, is_sequence: bool, length: float) -> bool:
 def known_options() -> dict[str, type]:
     """The options of `scripts/train.py` that a configuration can hold, each with the class that has it."""
     options: dict[str, Any] = dict.fromkeys(SCRIPT_OPTIONS)
-    for kind in (GSPOConfig, ModelConfig, HealthBounds):
+    for kind in (DataArguments, GSPOConfig, ModelConfig, HealthBounds):
         options |= {spec.name: kind for spec in fields(kind) if spec.init}
     return options | {"env": None}
 
@@ -473,10 +455,15 @@ def migrate_config(
     _batch(result, num_processes)
     _evaluation(result)
     _names(result)
-    for option, meaning in REQUIRED.items():
-        if option not in result.values:
-            result.questions.append(f"`{option}` is not in the source: {meaning}.")
+    for option in _missing(result.values):
+        result.questions.append(f"`{option}` is not in the source: {REQUIRED[option]}.")
     return result
+
+
+def _missing(values: Mapping[str, Any]) -> list[str]:
+    """The required options that are not there. A task brings data and rewards."""
+    brought = {"dataset_name", "reward_funcs"} if "task" in values else set()
+    return [option for option in REQUIRED if option not in values and option not in brought]
 
 
 def _take(result: Migration, name: str, value: Any) -> None:
@@ -1349,8 +1336,7 @@ def to_yaml(migration: Migration, source: str, target: str = "CONFIG.yaml") -> s
     """
     lines = _comment(f"From {source} ({NAMES[migration.system]}), by scripts/migrate.py.")
     lines += ["#", f"#     accelerate launch scripts/train.py --config {target}", "#", *_comment(migration.batch)]
-    missing = [option for option in REQUIRED if option not in migration.values]
-    for option in missing:
+    for option in _missing(migration.values):
         lines += [
             "",
             *_comment(f"Not in the source. Set it here, or on the command line: {REQUIRED[option]}."),
