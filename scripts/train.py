@@ -559,7 +559,7 @@ def main(argv: list[str]) -> int:
         script_args, training_args, model_args, bounds = parse(argv, starts=True)
         sys.argv[1:] = without_secret_words(sys.argv[1:])  # which Weights & Biases uploads
         check_saving(training_args, model_args, script_args.merge_adapter)
-        if script_args.memory_check:
+        if script_args.memory_check and not script_args.dry_run:
             check_memory(training_args, model_args, config_file(argv))
         connect_deepspeed(training_args)
         checkpoint = None if script_args.dry_run else find_checkpoint(script_args, training_args)
@@ -579,7 +579,8 @@ def main(argv: list[str]) -> int:
             print_dry_run(*parsed, train_dataset, eval_dataset, why_not)
             return 0
         if checkpoint is not None and is_finished(checkpoint, training_args):
-            if has_model_of(checkpoint, training_args.output_dir):
+            is_merged = not script_args.merge_adapter or Path(training_args.output_dir, "merged").is_dir()
+            if is_merged and has_model_of(checkpoint, training_args.output_dir):
                 print(f"{checkpoint} is the end of this run. To train on, set a larger `max_steps`.")
                 return 0
             print(f"{checkpoint} is the end of this run, whose model was not saved to its end: that is done now.")
@@ -654,14 +655,17 @@ def main(argv: list[str]) -> int:
     finish(trainer)
     # By the first process alone, after the others have nothing left to wait for.
     if script_args.merge_adapter and os.environ.get("RANK", "0") == "0":
-        merge_adapter(
-            output_dir,
-            output_dir / "merged",
-            model_args.model_name_or_path,
-            model_args.model_revision,
-            model_args.dtype,
-            getattr(training_args, "trust_remote_code", False),
-        )
+        try:
+            merge_adapter(
+                output_dir,
+                output_dir / "merged",
+                model_args.model_name_or_path,
+                model_args.model_revision,
+                model_args.dtype,
+                getattr(training_args, "trust_remote_code", False),
+            )
+        except Exception as error:
+            return fail(error, trainer, rewards, health, argv)
         print(f"{'merged':12}{output_dir / 'merged'}")
     return 0
 

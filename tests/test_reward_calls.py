@@ -44,7 +44,7 @@ ROOT = Path(__file__).parents[1]
         ([Fraction(1, 2), 3.4028234e38], [0.5, 3.4028234e38]),
         ([], []),
     ],
-    ids=str,
+    ids=["list", "tuple", "generator", "array", "bfloat16", "column", "of_tensors", "fractions", "empty"],
 )
 def test_numbers_are_taken_as_trl_takes_them(given, taken):
     assert check_rewards("f", given) == taken

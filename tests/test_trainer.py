@@ -1039,6 +1039,15 @@ def test_dropout_is_off_unless_asked_for(kind, folders, dataset, tmp_path):
     assert is_noisy(GRPOTrainer) == (kind == "attention_dropout")
 
 
+def test_an_adapter_of_a_mixture_needs_no_word_on_dropout(folders, dataset, tmp_path):
+    adapter = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.05)
+    script = {"model": folders["moe"], "peft_config": adapter, "train_dataset": dataset}
+    assert trained(GSPOTrainer, tmp_path, **script, max_steps=1).state.global_step == 1
+    assert adapter.lora_dropout == 0.05
+    with pytest.raises(ValueError, match="lora_dropout"):
+        build(GSPOTrainer, tmp_path, **script, disable_dropout=False)
+
+
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_dropout_that_a_model_reads_from_its_config_is_off_in_training(gradient_checkpointing, dataset, tmp_path):
     tokenizer = make_tokenizer()

@@ -1,6 +1,7 @@
 """What a run saves: refused before training if no model could be loaded from it; adapters merged into their model."""
 
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -72,7 +73,7 @@ def merge_adapter(
 
     Args:
         adapter (`str` or `Path`): folder of the adapter: a run's `output_dir` or one of its checkpoints.
-        output_dir (`str` or `Path`): where to save.
+        output_dir (`str` or `Path`): where to save; what is there is replaced once the new model is whole.
         model (`str`, *optional*): the model it was trained on; the one that the adapter names if not set.
         revision (`str`, *optional*): of that model.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): of the merged weights; that of the model's
@@ -87,5 +88,10 @@ def merge_adapter(
             model, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code
         )
         merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
-    merged.save_pretrained(output_dir)
-    AutoTokenizer.from_pretrained(str(adapter), trust_remote_code=trust_remote_code).save_pretrained(output_dir)
+    # Under another name until it is whole, so that a merge that was cut off is not taken for one.
+    staging = Path(f"{output_dir}.saving")
+    shutil.rmtree(staging, ignore_errors=True)
+    merged.save_pretrained(staging)
+    AutoTokenizer.from_pretrained(str(adapter), trust_remote_code=trust_remote_code).save_pretrained(staging)
+    shutil.rmtree(output_dir, ignore_errors=True)
+    staging.rename(output_dir)

@@ -1,5 +1,6 @@
 """`GSPOTrainer`: TRL's `GRPOTrainer`, whose own loss at sequence level is GSPO. Glue, and no copy of that loss."""
 
+import copy
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -135,6 +136,10 @@ class GSPOTrainer(GRPOTrainer):
                 "`importance_sampling_level='sequence'` spreads evenly over all of them: set it to 'turn' or "
                 "'sequence_token'."
             )
+        if args.disable_dropout and getattr(peft_config, "lora_dropout", 0):
+            # Over the fused experts of a mixture PEFT refuses dropout, before there is a model to turn it off in.
+            peft_config = copy.copy(peft_config)
+            peft_config.lora_dropout = 0.0
         super().__init__(
             model=model,
             reward_funcs=reward_funcs,
