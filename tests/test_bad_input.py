@@ -513,7 +513,7 @@ GROUPS = [
     Row(
         "group size 0",
         TRAINER,
-        "`num_generations=0` is refused",
+        "`num_generations` must be a whole number, at least 1, got 0",
         ValueError,
         lambda w: {"num_generations": 0},
     ),

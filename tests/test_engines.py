@@ -39,18 +39,12 @@ REDUCED = [
     Case("zero_2", "moe", "sequence", "mixed", is_packed=True),
     Case("zero_3", "dense", "sequence", "dead", is_packed=True),
     Case("zero_3", "moe", "sequence_token", "mixed"),
-    Case("zero_3", "dense", "turn", "mixed", option="kl"),
-    Case("zero_2", "moe", "sequence", "mixed", option="router"),
     Case("fsdp_2", "dense", "sequence_token", "mixed"),
     Case("fsdp_2", "moe", "turn", "dead", is_packed=True),
     Case("two_machines", "dense", "sequence", "dead", is_packed=True),
     Case("two_machines_zero_3", "moe", "turn", "dead"),
-    Case("ddp", "dense", "turn", "mixed", is_adapter=True),
     Case("ddp", "moe", "sequence", "mixed", is_packed=True, is_adapter=True),
-    Case("zero_2", "dense", "turn", "mixed", is_packed=True, is_adapter=True),
-    Case("zero_2", "moe", "sequence", "mixed", is_adapter=True),
     Case("zero_3", "dense", "turn", "mixed", is_adapter=True),
-    Case("zero_3", "moe", "sequence", "mixed", is_packed=True, is_adapter=True),
 ]
 MODELS = ("dense", "moe")
 RANKS = ("ddp", "zero_1", "zero_2", "zero_3", "fsdp_2", "two_machines", "two_machines_zero_3")

@@ -211,6 +211,14 @@ def test_a_migrated_configuration_trains(path, tmp_path, data, model_path, monke
     options |= {"eval_dataset_name": data, "eval_strategy": "no"} if "eval_strategy" in values else {}
     options |= {} if "reward_funcs" in values else {"reward_funcs": "tests.varied_reward.share_of_digits"}
     argv = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    capsys.readouterr()
+    assert train.main(["--config", str(config), *argv, "--dry_run"]) == 0, capsys.readouterr().err
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["num_generations", str(values["num_generations"]), str(config)] in printed or values[
+        "num_generations"
+    ] == 8
+    assert any(line[:2] == ["rollout", "batch"] and "completions;" in line for line in printed)
+    assert not (tmp_path / "out").exists()
     assert train.main(["--config", str(config), *argv]) == 0, capsys.readouterr().err
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["steps"] == 1 and summary["reward_start"] is not None
@@ -298,4 +306,4 @@ def test_the_check_asks_the_script(tmp_path):
     result = migration.migrate_config({"model_name_or_path": "m", "num_generations": 4})
     assert migrate.check(migration.to_yaml(result, "x")) is None
     result.values["steps_per_generation"] = 0
-    assert "`steps_per_generation` must be at least 1" in migrate.check(migration.to_yaml(result, "x"))
+    assert "`steps_per_generation` must be a whole number, at least 1" in migrate.check(migration.to_yaml(result, "x"))

@@ -5,6 +5,7 @@ import logging
 import math
 import sys
 import traceback
+import types
 import typing
 from dataclasses import fields
 from pathlib import Path
@@ -261,7 +262,9 @@ def check_parsed(parsed):
         elif name == "reward_kwargs":
             assert value is None or all(isinstance(kwargs, dict) for kwargs in value.values())
         else:
-            assert isinstance(value, typing.get_args(hint) or hint), (name, value)
+            is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+            kinds = typing.get_args(hint) if is_union else (hint,)
+            assert isinstance(value, tuple(typing.get_origin(kind) or kind for kind in kinds)), (name, value)
     for name in HealthBounds.__dataclass_fields__:
         assert is_number(getattr(bounds, name)) and getattr(bounds, name) >= 0
     assert isinstance(model_args.model_name_or_path, str)

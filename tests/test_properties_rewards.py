@@ -1,6 +1,7 @@
 """What rewards and the names of rewards make of any text."""
 
 import os
+import re
 from decimal import Decimal
 
 from hypothesis import assume, example, given
@@ -84,6 +85,12 @@ def test_what_is_right_is_right_in_any_form(text, form, space):
     assert exact_match_reward([form(text)], [text + "x"]) == [float(text.strip() == (text + "x").strip())]
 
 
+# What these cannot do without.
+NEEDS = {
+    "get_repetition_penalty_reward": {"ngram_size": 2, "max_penalty": -0.5},
+    "get_pattern_reward": {"pattern": "."},
+}
+
 # Names that no module has, and of modules that have no such function.
 NAME = st.text("xq._/ -\0é") | st.sampled_from(
     ["math.x", "json.x.y", "trl_gspo.rewards.x", "math", "get_x", "os.path"]
@@ -100,7 +107,7 @@ def test_a_name_loads_or_says_why_not(name, kwargs):
         loaded = load_reward(name, kwargs, max_completion_length=100)
     except ValueError as error:
         assert "`reward_" in str(error)
-        assert name not in NAMES or kwargs or name == "get_repetition_penalty_reward"
+        assert name not in NAMES or kwargs or name in NEEDS
     else:
         assert callable(loaded) or loaded == name and ("/" in name or os.path.isdir(name))
         assert not kwargs or isinstance(loaded, str)
@@ -108,9 +115,9 @@ def test_a_name_loads_or_says_why_not(name, kwargs):
 
 @given(st.sampled_from(NAMES), st.lists(st.text(max_size=5) | st.sampled_from(["solution", "prompt"])))
 def test_columns_are_there_or_named(name, columns):
-    options = {"get_repetition_penalty_reward": {"ngram_size": 2, "max_penalty": -0.5}}
-    reward = load_reward(name, options.get(name), max_completion_length=100)
+    reward = load_reward(name, NEEDS.get(name), max_completion_length=100)
     try:
         check_columns(reward, columns)
     except ValueError as error:
-        assert "needs the column 'solution'" in str(error) and "solution" not in columns
+        (needed,) = re.findall("needs the column '(\\w+)'", str(error))
+        assert needed in ("solution", "keywords", "reasoning_item") and needed not in columns

@@ -368,7 +368,7 @@ def test_a_policy_that_moved_changes_experts(model, input_ids):
 # ---- cost
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timing
 def test_recording_and_comparing_cost_little(tokenizer):
     torch.manual_seed(0)

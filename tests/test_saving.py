@@ -125,7 +125,7 @@ ADAPTER = dict(
     merge_adapter="true",
     learning_rate=1e-2,
 )
-OFTEN = [("zero3", "dense", "lora"), ("zero3", "moe", "full"), ("ddp", "dense", "full")]
+OFTEN = [("zero3", "dense", "lora"), ("zero3", "moe", "full")]
 ENGINES = ("ddp", "zero1", "zero2", "zero3")
 ALL = [(engine, kind, what) for engine in ENGINES for kind in ("dense", "moe") for what in ("full", "lora")]
 SELDOM = [run for run in ALL if run not in OFTEN]

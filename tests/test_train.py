@@ -652,6 +652,7 @@ LR_1 = {"learning_rate": 1, "lr_scheduler_type": "constant"}
             4,
             [r"after step 8: a reward function raised ValueError: The reward function 'too_few' returned 1 rewards"],
             id="too few rewards",
+            marks=pytest.mark.exhaustive,
         ),
         pytest.param(
             {"reward_funcs": "tests.faulty_reward.nan_weight"},
@@ -664,6 +665,7 @@ LR_1 = {"learning_rate": 1, "lr_scheduler_type": "constant"}
             3,
             [r"The run stops, step 9: a weight is not finite: .*Likely cause: .*Remedy: "],
             id="NaN weight at a checkpoint",
+            marks=pytest.mark.exhaustive,
         ),
     ],
 )
@@ -720,7 +722,7 @@ def test_learning_rate_1_has_its_message_and_its_exit_and_the_last_good_checkpoi
     assert {entry["learning_rate"] for entry in history if "loss" in entry} == {1e-3}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_learning_rate_1_from_the_start_leaves_nothing_to_go_on_from(data, model_path, tmp_path):
     argv = run_arguments(data, model_path, tmp_path / "run", **LR_1, save_steps=1, max_steps=20)
     returned, printed = finished(argv)

@@ -177,10 +177,10 @@ def assert_windows(log, ranks, script):
 def assert_tells_apart(windows, batches):
     """The run holds what a wrong definition would trip over: both sides of the clip, dead rows, masks with holes."""
     for window in windows:
-        by_minibatch = [value for key, value in window.items() if "/minibatch_" in key]
-        assert len(set(by_minibatch)) > 1
         assert 0.2 < window["gspo/live_fraction"] < 0.9
         assert window["gspo/clip_fraction/tokens"] != pytest.approx(window["gspo/clip_fraction/sequences"])
+    for window in windows[:2]:  # the last has two minibatches, which may be alike
+        assert len({value for key, value in window.items() if "/minibatch_" in key}) > 1
     for side in ("low", "high"):
         assert min(window[f"gspo/clip_fraction/{side}"] for window in windows[:2]) > 0.01
     masks = [mask for *_, mask in batches]

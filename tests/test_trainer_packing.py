@@ -144,7 +144,7 @@ def test_every_unit_and_shape_of_advantages(level, shape, implementation, model_
 
 @pytest.mark.parametrize(
     ("level", "shape"),
-    [("turn", "BT"), *(pytest.param(*units, marks=pytest.mark.slow) for units in UNITS[1:4])],
+    [("turn", "BT"), *(pytest.param(*units, marks=pytest.mark.exhaustive) for units in UNITS[1:4])],
 )
 @pytest.mark.parametrize(("options", "keys"), TOKEN_CASES.values(), ids=TOKEN_CASES)
 def test_options_at_the_levels_of_tokens(options, keys, level, shape, model_path, moe_path, dataset, tmp_path):
@@ -586,10 +586,10 @@ def in_precision(precision, **options):
     return options | dict(bf16=precision == "autocast")
 
 
-SLOW_PRECISIONS = [pytest.param(precision, marks=pytest.mark.slow) for precision in ("float32", "autocast")]
+MORE_PRECISIONS = [pytest.param(precision, marks=pytest.mark.exhaustive) for precision in ("float32", "autocast")]
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", *SLOW_PRECISIONS])
+@pytest.mark.parametrize("precision", ["bfloat16", *MORE_PRECISIONS])
 @pytest.mark.parametrize("options", FIRST_MINIBATCHES.values(), ids=FIRST_MINIBATCHES)
 def test_before_the_first_update_old_log_probs_are_the_new_ones(options, precision, model_path, dataset, tmp_path):
     script = dict(model=model_path, train_dataset=dataset, eval_dataset=dataset.select(range(4)), rollout_func=varied)

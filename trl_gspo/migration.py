@@ -41,7 +41,7 @@ from .migration_tables import (
     Row,
 )
 from .objective import EPSILON_HIGH, EPSILON_LOW, LEVELS
-from .tasks import DataArguments
+from .tasks import TASKS, DataArguments
 
 
 # Below this a KL coefficient becomes 0: the rule of the conversion helper in stateset-agents' guide. GSPO's objective
@@ -468,7 +468,8 @@ def _missing(values: Mapping[str, Any]) -> list[str]:
 
 def _take(result: Migration, name: str, value: Any) -> None:
     row = _row(result.system, name)
-    if row is None:
+    is_no_task_of_ours = row is not None and row.to == "task" and value not in TASKS and "." not in str(value)
+    if row is None or is_no_task_of_ours:
         result.unknown[name] = value
         return
     if value is None:

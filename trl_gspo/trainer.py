@@ -127,7 +127,6 @@ class GSPOTrainer(GRPOTrainer):
             args = GSPOConfig(f"{model_id.split('/')[-1]}-GSPO")
         elif not isinstance(args, GSPOConfig):
             args = GSPOConfig.from_grpo(args)
-        check_before_loading(model, args, train_dataset, eval_dataset, processing_class)
         functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         steps = [getattr(function, "__name__", repr(function)) for function in functions if step_kind(function)]
         if steps and args.importance_sampling_level == "sequence":
@@ -136,6 +135,7 @@ class GSPOTrainer(GRPOTrainer):
                 "`importance_sampling_level='sequence'` spreads evenly over all of them: set it to 'turn' or "
                 "'sequence_token'."
             )
+        check_before_loading(model, args, train_dataset, eval_dataset, processing_class)
         if args.disable_dropout and getattr(peft_config, "lora_dropout", 0):
             # Over the fused experts of a mixture PEFT refuses dropout, before there is a model to turn it off in.
             peft_config = copy.copy(peft_config)
