@@ -8,6 +8,8 @@ follow, and at which commit it was read, stands in docs/migration.md.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from .tasks import TASKS
+
 
 class Row(NamedTuple):
     """What becomes of a field: the option it turns into (`None`: dropped), and why, where that is not plain."""
@@ -125,14 +127,7 @@ STATESET = {
 }
 
 OWN_DATA = {
-    "gsm8k": {
-        "dataset_name": "openai/gsm8k",
-        "dataset_config": "main",
-        "prompt_column": "question",
-        "solution_column": "answer",
-        "system_prompt": 'Reason step by step, then give the final number behind four hashes, as in "#### 72".',
-        "reward_funcs": ["final_number_reward"],
-    },
+    "gsm8k": TASKS["gsm8k"].options,
     "math": {},
     "code": {},
     "mixed": {},

@@ -16,7 +16,6 @@ import os
 import random
 import re
 import string
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -262,12 +261,13 @@ def find_task(name: str | None) -> Task:
             f"{', '.join(TASKS)}, and `package.module.name` of a `Task`."
         )
     module_name, attribute = name.rsplit(".", 1)
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     try:
         found = getattr(importlib.import_module(module_name), attribute)
     except (ModuleNotFoundError, AttributeError) as error:
-        raise ValueError(f"`task={name}` cannot be imported from here or from {os.getcwd()}: {error}.") from error
+        raise ValueError(
+            f"`task={name}` cannot be imported: {error}. It is looked for on Python's path alone, to which the "
+            "working directory does not belong by itself: start with `PYTHONPATH=. accelerate launch ...`."
+        ) from error
     task = found() if callable(found) else found
     if not isinstance(task, Task):
         raise ValueError(f"`task={name}` is a {type(task).__name__}, not a `trl_gspo.tasks.Task`.")
