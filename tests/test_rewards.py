@@ -10,6 +10,7 @@ from trl.rewards import get_soft_overlong_punishment
 from trl_gspo import turn_reward
 from trl_gspo.rewards import (
     _EVALUATED_FAMILIES,
+    UNFIT_FAMILIES,
     _is_safe,
     check_columns,
     exact_match_reward,
@@ -244,7 +245,7 @@ GARBAGE = [
 def test_every_family_scores_its_own_answer_and_survives_garbage(family):
     pytest.importorskip("reasoning_gym")
     families = reasoning_families()
-    assert len(families) > 100
+    assert len(families) > 100 and not set(families) & set(UNFIT_FAMILIES)
     for name in families:
         for index in range(3):
             entry, again = (reasoning_entry.__wrapped__(item(name, index))[1] for _ in range(2))
@@ -252,8 +253,9 @@ def test_every_family_scores_its_own_answer_and_survives_garbage(family):
             (right, tagged) = reasoning_reward(
                 [str(entry["answer"]), f"<answer>{entry['answer']}</answer>"], [item(name, index)] * 2
             )
-            assert right == 1.0 == tagged, (name, index, right, entry["answer"])
+            # Five have no reference: their verifiers try what is given.
+            assert right == tagged and (right == 1.0 or entry["answer"] is None), (name, index, right, entry["answer"])
             scores = reasoning_reward(GARBAGE, [item(name, index)] * len(GARBAGE))
-            assert all(
-                0 <= score < 1 or answer == entry["answer"] for score, answer in zip(scores, GARBAGE, strict=True)
-            ), name
+            for score, answer in zip(scores, GARBAGE, strict=True):
+                is_right = answer == entry["answer"] or (answer == "0" and float(entry["answer"]) == 0)
+                assert 0 <= score < 1 or is_right, (name, answer, score, entry["answer"])

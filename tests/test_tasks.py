@@ -478,6 +478,11 @@ def test_generated_rows_have_more_seeds_than_one_row_apart():
 @pytest.mark.parametrize(
     ("families", "params", "message"),
     [
+        (
+            ["composite"],
+            None,
+            "`reasoning_families` names 'composite', which is refused: it is made of other families",
+        ),
         (["chain_sun"], None, "`reasoning_families` has no 'chain_sun', did you mean 'chain_sum'"),
         (["gcd:0"], None, "gives 'gcd:0' no positive weight: write `gcd:2`"),
         (["gcd:x"], None, "gives 'gcd:x' no positive weight"),

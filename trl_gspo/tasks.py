@@ -25,7 +25,7 @@ from datasets import Dataset, IterableDataset, interleave_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
-from .rewards import reasoning_dataset, reasoning_entry, reasoning_families
+from .rewards import UNFIT_FAMILIES, reasoning_dataset, reasoning_entry, reasoning_families
 
 
 logger = logging.getLogger(__name__)
@@ -730,6 +730,8 @@ def _families(args: DataArguments) -> dict[str, float]:
     families = {}
     for word in args.reasoning_families or []:
         name, _, weight = word.partition(":")
+        if name in UNFIT_FAMILIES:
+            raise ValueError(f"`reasoning_families` names {name!r}, which is refused: {UNFIT_FAMILIES[name]}.")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             raise ValueError(
