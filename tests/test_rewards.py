@@ -257,5 +257,5 @@ def test_every_family_scores_its_own_answer_and_survives_garbage(family):
             assert right == tagged and (right == 1.0 or entry["answer"] is None), (name, index, right, entry["answer"])
             scores = reasoning_reward(GARBAGE, [item(name, index)] * len(GARBAGE))
             for score, answer in zip(scores, GARBAGE, strict=True):
-                is_right = answer == entry["answer"] or (answer == "0" and float(entry["answer"]) == 0)
+                is_right = answer == entry["answer"] or (answer == "0" and entry["answer"] == "0.0")
                 assert 0 <= score < 1 or is_right, (name, answer, score, entry["answer"])
