@@ -646,6 +646,7 @@ LR_1 = {"learning_rate": 1, "lr_scheduler_type": "constant"}
                 r"after step 8: the reward function 'raising' raised ZeroDivisionError: division by zero\.",
             ],
             id="raising reward",
+            marks=pytest.mark.exhaustive,
         ),
         pytest.param(
             {"reward_funcs": "tests.faulty_reward.too_few"},

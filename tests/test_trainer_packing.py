@@ -419,7 +419,7 @@ def assert_same_log(log, expected, tolerance, without):
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in FAST_SCRIPTS else pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS]
+    "name", [name if name in FAST_SCRIPTS else pytest.param(name, marks=pytest.mark.exhaustive) for name in SCRIPTS]
 )
 def test_script_trains_as_with_all_tokens(name, folders, dataset, tmp_path):  # noqa: F811
     runs, starts, counters = [], [], []
