@@ -457,7 +457,7 @@ def test_an_interrupted_run_leaves_no_process(tmp_path, signum, cleans):
     assert len(os.listdir(tmp_path)) == 2
     time.sleep(0.3)
     parent.send_signal(signum)
-    _, errors = parent.communicate(timeout=60)
+    _, errors = parent.communicate(timeout=20)
     assert parent.returncode != 0
     time.sleep(0.2)
     assert not [pid for pid in mine if pid in [other for other, _ in members(tmp_path)]]
