@@ -123,6 +123,7 @@ OPTIONS = {
     "kl": dict(beta=0.05),
     "router": dict(router_aux_loss_coef=0.1),
     "target": dict(clip_fraction_target=0.15),
+    "twice": dict(num_iterations=2, max_grad_norm=0.3),
 }
 # Adam, because engines differ in where they keep its moments; with an epsilon of the size of the gradients: with the
 # default of 1e-8 it makes whole steps of gradients that are nothing but rounding. The gradient's norm is above its
@@ -163,7 +164,7 @@ class Rollout:
         self.name = name
 
     def __call__(self, prompts: list[str], trainer: GSPOTrainer) -> dict[str, list]:
-        number = trainer.state.global_step // 2
+        number = rollout_number(trainer)
         first = trainer.accelerator.process_index * len(prompts)
         places = range(first, first + len(prompts))
         rows = [self._row(number, place, trainer.num_generations, trainer.processing_class) for place in places]
@@ -207,11 +208,16 @@ class Rollout:
         return torch.stack(of_ranks, 1).flatten()
 
 
+def rollout_number(trainer: GSPOTrainer) -> int:
+    """How many rollout batches came before: each is of two optimizer steps, once or `num_iterations` times."""
+    return trainer.state.global_step // (2 * trainer.num_iterations)
+
+
 def _is_live(ids: list[int]) -> bool:
     return ids[0] > 55
 
 
-def outcome(completion_ids, **_):
+async def outcome(completion_ids, **_):
     return [None if ids[0] % 9 == 5 else _is_live(ids) * (sum(ids) % 7) / 7 for ids in completion_ids]
 
 
@@ -239,13 +245,26 @@ def prompts_of_many_lengths() -> Dataset:
 # ---- the training
 
 
+def _rows_of(batch: dict[str, Any]) -> list[tuple]:
+    """Of each row of a micro-batch, or of TRL's rollout batch: its prompt, its trained tokens and their columns."""
+    rows = []
+    for index, mask in enumerate((batch["completion_mask"] * batch["tool_mask"]).bool()):
+        prompt = batch["prompt_ids"][index][batch["prompt_mask"][index].bool()]
+        columns = mask.nonzero().flatten()
+        rows.append((tuple(prompt.tolist()), tuple(batch["completion_ids"][index][mask].tolist()), columns.tolist()))
+    return rows
+
+
 class RecordingTrainer(GSPOTrainer):
-    """Puts rows into micro-batches as `rollout.order` says; keeps rows, losses, and the tokens of each forward."""
+    """
+    Puts rows into micro-batches as `rollout.order` says; keeps the rows that this process has sampled and those that
+    it has trained on, losses, the tokens of each forward, and how many tokens live rows have before their last one.
+    """
 
     def __init__(self, *args, rollout: Rollout, **kwargs):
         super().__init__(*args, rollout_func=rollout, **kwargs)
         self.rollout = rollout
-        self.rows, self.losses, self.tokens = [], [0.0] * STEPS, []
+        self.sampled, self.rows, self.losses, self.tokens, self.needed = [], [], [0.0] * STEPS, [], 0
         self.model.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, module, args, kwargs):
@@ -255,7 +274,8 @@ class RecordingTrainer(GSPOTrainer):
     def _prepare_inputs(self, generation_batch):
         def shuffle(rows):
             rank = self.accelerator.process_index if self.accelerator.num_processes > 1 else None
-            order = self.rollout.order(self.state.global_step // 2, rank)
+            self.sampled += [row[:2] for row in _rows_of(rows)]
+            order = self.rollout.order(rollout_number(self), rank)
             with mock.patch("torch.randperm", return_value=order):
                 return trl_shuffle(rows)
 
@@ -264,14 +284,11 @@ class RecordingTrainer(GSPOTrainer):
             return super()._prepare_inputs(generation_batch)
 
     def _compute_loss(self, model, inputs):
-        for index, advantages in enumerate(inputs["advantages"]):
-            prompt = inputs["prompt_ids"][index][inputs["prompt_mask"][index].bool()]
-            trained = (inputs["completion_mask"] * inputs["tool_mask"])[index].bool()
-            advantages = advantages.expand(len(trained))[trained]
-            ids = inputs["completion_ids"][index][trained]
+        for (prompt, ids, columns), advantages in zip(_rows_of(inputs), inputs["advantages"], strict=True):
+            advantages = advantages.expand(inputs["completion_ids"].size(1))[columns]
             is_live = bool((advantages != 0).any())
-            row = (tuple(prompt.tolist()), tuple(ids.tolist()), round(advantages.sum().item(), 4))
-            self.rows.append((self.state.global_step, is_live, row))
+            self.needed += len(prompt) + columns[-1] if is_live else 0
+            self.rows.append((self.state.global_step, is_live, (prompt, ids, round(advantages.sum().item(), 4))))
         loss = super()._compute_loss(model, inputs)
         self.losses[self.state.global_step] += loss.item()
         return loss
@@ -311,8 +328,10 @@ def train(case: Case, models: Path, output_dir: Path) -> dict[str, Any]:
             moved=_whole_weights(trainer) - start,
             logs=[entry for entry in trainer.state.log_history if "loss" in entry],
             losses=trainer.losses,
+            sampled=trainer.sampled,
             rows=trainer.rows,
             tokens=trainer.tokens,
+            needed=trainer.needed,
             way=trainer._scorer.way,
             most_turns=trainer._max_units.get(True),
             engine=_engine_of(trainer),

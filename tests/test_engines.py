@@ -12,7 +12,20 @@ from collections import Counter, defaultdict
 
 import pytest
 import torch
-from engines import ENGINES, GRAD_NORM, LOSS, SCRIPT, UNITS, WEIGHTS, Case, differences, load, place, run_cases
+from engines import (
+    ENGINES,
+    GRAD_NORM,
+    LOSS,
+    OPTIONS,
+    SCRIPT,
+    UNITS,
+    WEIGHTS,
+    Case,
+    differences,
+    load,
+    place,
+    run_cases,
+)
 from filelock import FileLock  # a requirement of torch
 from ranks import PATIENCE, run_on_ranks
 from tiny import make_model
@@ -43,6 +56,7 @@ REDUCED = [
     Case("fsdp_2", "moe", "turn", "dead", is_packed=True),
     Case("two_machines", "dense", "sequence", "dead", is_packed=True),
     Case("two_machines_zero_3", "moe", "turn", "dead"),
+    Case("ddp", "dense", "sequence", "mixed", is_packed=True, option="twice"),
     Case("ddp", "moe", "sequence", "mixed", is_packed=True, is_adapter=True),
     Case("zero_3", "dense", "turn", "mixed", is_adapter=True),
 ]
@@ -56,7 +70,7 @@ EVERY = [
     for fields in itertools.chain(
         itertools.product(("one", "one_accumulating", *RANKS), MODELS, UNITS, ("mixed", "dead"), BOTH),
         itertools.product(ADAPTED, MODELS, UNITS, ("mixed",), BOTH, (True,)),
-        itertools.product(OPTED, MODELS, UNITS, ("mixed",), BOTH, (False,), ("kl", "target")),
+        itertools.product(OPTED, MODELS, UNITS, ("mixed",), BOTH, (False,), ("kl", "target", "twice")),
         itertools.product(OPTED, MODELS, ("sequence",), ("mixed",), BOTH, (True,), ("kl",)),
         itertools.product(OPTED, ("moe",), UNITS, ("mixed",), BOTH, (False,), ("router",)),
     )
@@ -140,7 +154,7 @@ def test_metrics_are_those_of_one_process(case, results):
     assert not {key: value for key, value in too_far.items() if not value <= 1}
     # Of other micro-batches, see engines.py.
     for entry, expected in zip(found[0]["logs"], references[0]["logs"], strict=True):
-        assert entry["entropy"] == pytest.approx(expected["entropy"], rel=2e-2)
+        assert entry["entropy"] == pytest.approx(expected["entropy"], rel=1e-3)
 
 
 @of_cases()
@@ -160,6 +174,13 @@ def test_the_engine_is_what_it_says(case, results):
         assert one["way"] == ("packed" if case.is_packed else "whole")
 
 
+@of_cases(lambda case: case.rollout == "mixed" and is_on_two_ranks(case))
+def test_rows_move_between_ranks_where_the_loss_lets_them(case, results):
+    for one in results(case):
+        is_moved = {row[:2] for _, _, row in one["rows"]} != set(one["sampled"])
+        assert is_moved == (case.is_packed and case.option != "router")
+
+
 @of_cases(lambda case: case.is_packed and case.rollout == "mixed" and is_on_two_ranks(case))
 def test_ranks_score_about_as_many_tokens(case, results):
     tokens = [one["tokens"] for one in results(case)]
@@ -167,13 +188,15 @@ def test_ranks_score_about_as_many_tokens(case, results):
     # One forward for each micro-batch: ranks that run more would wait for the others for ever.
     assert [len(one) for one in tokens] == [8, 8]
     assert sum(map(sum, tokens)) < 0.6 * sum(whole["tokens"])
-    if case.option in ("", "target"):  # where rows may move between micro-batches and all that is dead is left out
+    if case.option in ("", "target", "twice"):  # where rows may move between micro-batches, and only live ones score
         # The fullest first, and beside one another: the two parts of a step of each rank, as they run.
         for start in range(0, 8, 2):
             parts = [one[place] for place in (start, start + 1) for one in tokens]
             assert parts == sorted(parts, reverse=True)
         first, second = map(sum, tokens)
-        assert max(first, second) < 1.3 * min(first, second)
+        assert max(first, second) < 1.2 * min(first, second)
+        if case.unit != "turn":  # at which a row ends with its last live turn
+            assert first + second == sum(one["needed"] for one in results(case))
 
 
 # ---- what makes the comparison worth something
@@ -189,7 +212,8 @@ def test_the_trainings_are_what_they_say(case, results):
         assert all(4 <= live[step] < 12 for step in range(4))
         assert any(not trained for _, _, (_, trained, _) in reference["rows"])
         assert max(entry["gspo/clip_fraction/sequences"] for entry in reference["logs"]) > 0.1
-        is_clipped = [entry["grad_norm"] > SCRIPT["max_grad_norm"] for entry in reference["logs"]]
+        script = SCRIPT | OPTIONS[case.option]
+        is_clipped = [entry["grad_norm"] > script["max_grad_norm"] for entry in reference["logs"]]
         assert any(is_clipped) or case.is_adapter
     if case.rollout == "dead" and not case.is_packed and is_on_two_ranks(case):
         ranks = results(case)

@@ -290,9 +290,10 @@ def test_what_is_wanted_has_the_log_probs_and_gradient_of_the_whole_batch(
 
     (expected, expected_gradients), (found, gradients) = evaluate(ids, None), evaluate(garbage, layout)
     torch.testing.assert_close(found[batch.is_wanted], expected[batch.is_wanted], rtol=0, atol=5e-6)
-    # Of all parameters together: where tokens are alike, that of queries and keys is rounding alone.
-    size = sum(gradient.square().sum() for gradient in expected_gradients).sqrt()
+    # Where all tokens are alike, the gradient of queries and keys is 0, and what either has there is rounding: in
+    # float64 it is 1e-17 of that of all parameters together, in float32 up to 1e-7.
+    whole = sum(gradient.square().sum() for gradient in expected_gradients).sqrt()
     for one, other in zip(gradients, expected_gradients, strict=True):
-        assert (one - other).norm() <= 1e-5 * size
+        assert (one - other).norm() <= 1e-5 * other.norm() + 1e-6 * whole
     if way == "packed" and layout is not None:
         assert torch.equal(found[~batch.is_wanted], base[~batch.is_wanted])

@@ -115,7 +115,8 @@ SCRIPTS = {
     "sequence_token": WITH_STEP_REWARDS | dict(importance_sampling_level="sequence_token"),
     "turn": WITH_STEP_REWARDS | dict(importance_sampling_level="turn"),
     "all_tokens": WITH_STEP_REWARDS | dict(importance_sampling_level="turn", pack_live_tokens=False),
-    "turn_of_one_advantage": dict(importance_sampling_level="turn"),
+    # With seed 42 two sevenths of the turns are clipped in each of the last two minibatches.
+    "turn_of_one_advantage": dict(importance_sampling_level="turn", seed=1),
 }
 
 
@@ -177,10 +178,9 @@ def assert_windows(log, ranks, script):
 def assert_tells_apart(windows, batches):
     """The run holds what a wrong definition would trip over: both sides of the clip, dead rows, masks with holes."""
     for window in windows:
+        assert len({value for key, value in window.items() if "/minibatch_" in key}) > 1
         assert 0.2 < window["gspo/live_fraction"] < 0.9
         assert window["gspo/clip_fraction/tokens"] != pytest.approx(window["gspo/clip_fraction/sequences"])
-    for window in windows[:2]:  # the last has two minibatches, which may be alike
-        assert len({value for key, value in window.items() if "/minibatch_" in key}) > 1
     for side in ("low", "high"):
         assert min(window[f"gspo/clip_fraction/{side}"] for window in windows[:2]) > 0.01
     masks = [mask for *_, mask in batches]
