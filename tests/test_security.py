@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import os
 import pickle
 import re
@@ -9,7 +10,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -200,33 +200,31 @@ def test_a_checkpoint_of_deepspeed_is_read_before_deepspeed_unpickles_it(of_deep
         check_deepspeed_checkpoint(of_deepspeed)
 
 
-class Starting:
-    """Starts a process when it is unpickled, by a class where `Evil` has a function: torch allows classes by name."""
+class Opening:
+    """Makes a file when it is unpickled, by a class where `Evil` has a function: torch allows classes by name."""
 
     def __init__(self, path):
-        self.path = path
+        self.path = str(path)
 
     def __reduce__(self):
-        return subprocess.Popen, (["mkdir", str(self.path)],)
+        return logging.FileHandler, (self.path,)
 
 
 def test_a_class_of_another_package_is_not_deepspeeds(of_deepspeed, ran):
-    torch.save({"a": Starting(ran)}, of_deepspeed / "global_step4" / "mp_rank_00_model_states.pt")
+    torch.save({"a": Opening(ran)}, of_deepspeed / "global_step4" / "mp_rank_00_model_states.pt")
     with pytest.raises(ValueError, match="mp_rank_00_model_states.pt is damaged, or holds something"):
         check_deepspeed_checkpoint(of_deepspeed)
-    time.sleep(0.5)
     assert not ran.exists()
 
 
 def test_what_a_module_of_deepspeed_imported_is_not_deepspeeds(of_deepspeed, ran, monkeypatch):
     module = "deepspeed.runtime.zero.config"
-    named = type("Popen", (), {"__module__": module, "__qualname__": "Popen"})
-    monkeypatch.setattr(f"{module}.Popen", named, raising=False)
-    torch.save({"a": named, "b": Starting(ran)}, of_deepspeed / "global_step4" / "sneaky.pt")
-    monkeypatch.setattr(f"{module}.Popen", subprocess.Popen)
+    named = type("FileHandler", (), {"__module__": module, "__qualname__": "FileHandler"})
+    monkeypatch.setattr(f"{module}.FileHandler", named, raising=False)
+    torch.save({"a": Opening(ran), "b": named}, of_deepspeed / "global_step4" / "sneaky.pt")
+    monkeypatch.setattr(f"{module}.FileHandler", logging.FileHandler)
     with pytest.raises(ValueError, match="sneaky.pt is damaged, or holds something"):
         check_deepspeed_checkpoint(of_deepspeed)
-    time.sleep(0.5)
     assert not ran.exists()
 
 
