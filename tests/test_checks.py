@@ -47,6 +47,21 @@ def test_the_context_of_vllm_is_a_bound_too(args):
     assert context_length(Qwen3Config(max_position_embeddings=32768), args) == 32768
 
 
+@pytest.mark.parametrize("tracker", ["azure_ml", "flyte"])
+def test_trackers_that_transformers_cannot_look_for_are_not_refused(tracker, args):
+    args.report_to = [tracker]
+    checks._check_installed(args)
+    args.report_to = [tracker, "clearml"]
+    with pytest.raises(ImportError, match="`report_to` names clearml, which is not installed"):
+        checks._check_installed(args)
+
+
+def test_each_empty_dataset_is_named(args):
+    some, none = Dataset.from_dict({"prompt": ["1"] * 64}), Dataset.from_dict({"prompt": []})
+    with pytest.raises(ValueError, match=r"`eval_dataset\['b'\]` has no row"):
+        checks.check_before_loading(make_model(make_tokenizer()), args, some, {"a": some, "b": none}, None)
+
+
 def test_prompts_at_the_bounds(args):
     config = Qwen3Config(max_position_embeddings=8, vocab_size=10)
     check_prompt_ids([[1] * 7, [9]], config, args)
