@@ -62,6 +62,20 @@ def test_each_empty_dataset_is_named(args):
         checks.check_before_loading(make_model(make_tokenizer()), args, some, {"a": some, "b": none}, None)
 
 
+def test_a_prompt_without_messages_is_named(tokenizer, args):
+    rows = Dataset.from_dict({"prompt": [[{"role": "user", "content": "1"}], []]})
+    with pytest.raises(ValueError, match=r"Row 1 of `rows` has no prompt, but \[\]"):
+        checks._check_lengths("rows", rows, tokenizer, make_model(tokenizer).config, args)
+
+
+@pytest.mark.parametrize(("size", "is_told"), [(2048 - 256, False), (2048 - 255, True)])
+def test_a_completion_that_may_pass_the_context_is_told_of(size, is_told, tokenizer, args, caplog):
+    args.max_completion_length = 256
+    rows = Dataset.from_dict({"prompt": ["1" * size]})
+    checks._check_lengths("rows", rows, tokenizer, make_model(tokenizer).config, args)
+    assert ("set `max_completion_length=255`" in caplog.text) == bool(caplog.records) == is_told
+
+
 def test_prompts_at_the_bounds(args):
     config = Qwen3Config(max_position_embeddings=8, vocab_size=10)
     check_prompt_ids([[1] * 7, [9]], config, args)

@@ -24,7 +24,7 @@ from trl_gspo.memory import GIB, estimate
 
 ROOT = Path(__file__).parents[1]
 # What torch reports of such cards.
-GPU_24, GPU_40, GPU_80, GPU_141 = (int(size * GIB) for size in (22.1, 39.4, 79.2, 139.8))
+GPU_10, GPU_24, GPU_40, GPU_80, GPU_141 = (int(size * GIB) for size in (9.6, 22.1, 39.4, 79.2, 139.8))
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +97,9 @@ TABLE = [
     ("qwen7b_lora", 1, GPU_80, "fits", "LoRA without sharding", []),
     ("qwen7b_lora", 1, GPU_24, "warned", "LoRA without sharding", []),
     ("qwen7b_qlora", 1, GPU_24, "fits", "LoRA in 4 bits", []),
+    # Frozen layers beyond one GPU are kept on the host by transformers, which DDP forbids.
+    ("qwen7b_lora", 1, GPU_10, "warned", "LoRA without sharding", []),
+    ("qwen7b_lora", 2, GPU_10, "refused", "LoRA without sharding", []),
 ]
 
 
@@ -130,6 +133,13 @@ def test_a_configuration_is_told_before_loading(
     for words in proposed:
         assert words in message
     assert len(message) < 1000
+
+
+@pytest.mark.parametrize("use_cpu", [False, True])
+@pytest.mark.parametrize(("option", "launcher"), [("full_shard", ""), ("", "true")])
+def test_fsdp_is_on_for_accelerators_only(option, launcher, use_cpu, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", launcher)
+    assert placement.uses_fsdp(SimpleNamespace(fsdp=option, use_cpu=use_cpu)) == (not use_cpu)
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 4, 8])

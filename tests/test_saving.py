@@ -116,6 +116,18 @@ def test_merged_model_is_base_and_adapter(kind, dtype, model_path, moe_path, tok
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").get_vocab() == tokenizer.get_vocab()
 
 
+def test_what_a_merge_that_was_cut_off_left_is_no_part_of_the_model(model_path, tokenizer, tmp_path):
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model_path), LoraConfig(target_modules="all-linear"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    for folder in ("merged", "merged.saving"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "model-00001-of-00002.safetensors").write_bytes(b"half")
+    saving.merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    assert [path.name for path in (tmp_path / "merged").glob("*.safetensors")] == ["model.safetensors"]
+    assert not (tmp_path / "merged.saving").exists()
+
+
 # Runs of two processes. The first are part of every run of the tests, the others of a long one.
 
 ADAPTER = dict(

@@ -258,6 +258,7 @@ def test_what_is_secret(name, secret):
 
 
 def test_secrets_inside():
+    assert without_secrets(({"password": "p"}, ["secret"])) == ({"password": "<PASSWORD>"}, ["secret"])
     given = {"a": [{"api_key": "sk-1", "n": 1}], "token": "hf_1", "eos_token": "</s>", "hub_token": None}
     assert without_secrets(given) == {
         "a": [{"api_key": "<API_KEY>", "n": 1}],
