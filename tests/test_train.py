@@ -459,7 +459,7 @@ def test_summary_of_start_and_end():
         {"step": 1, "reward": 0.1, key: 0.0, "num_tokens": 100},
         {"step": 2, key: 0.5},
         {"step": 3, "reward": 0.2, key: None, "num_tokens": 250},
-        {"step": 3, "eval_reward": 0.3},
+        {"step": 3, "eval_reward": 0.3, key: 0.9},
         {"step": 4, key: 0.7},
         {"step": 5, "reward": 0.4, key: 0.0, "num_tokens": 330},
         {"step": 6, key: 0.2},
