@@ -122,9 +122,10 @@ def test_what_a_merge_that_was_cut_off_left_is_no_part_of_the_model(model_path, 
     tokenizer.save_pretrained(tmp_path / "adapter")
     for folder in ("merged", "merged.saving"):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "model-00001-of-00002.safetensors").write_bytes(b"half")
+        (tmp_path / folder / "adapter_config.json").write_text("{}")  # with which it would load as an adapter
     saving.merge_adapter(tmp_path / "adapter", tmp_path / "merged")
     assert [path.name for path in (tmp_path / "merged").glob("*.safetensors")] == ["model.safetensors"]
+    assert not (tmp_path / "merged" / "adapter_config.json").exists()
     assert not (tmp_path / "merged.saving").exists()
 
 
