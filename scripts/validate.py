@@ -1245,13 +1245,13 @@ def draw_noise(noise: list[dict], path: Path) -> None:
     # Rounding that is exactly 0 has no place on a logarithmic axis.
     for key, marker, label in (
         ("other_shape", "o", "in another shape"),
-        ("as_trained", "x", "as trained here, at 1e-10 if 0"),
+        ("as_trained", "x", "as trained here"),
     ):
         axes.plot([max(row[key], 1e-10) for row in noise], places, marker, label=label)
     axes.axvline(3e-4, color="0.5", label="paper's clip range")
     axes.set_yticks(places, [f"{row['attention']}, {row['dtype']}" for row in noise])
     axes.set_xscale("log")
-    axes.set_xlabel("standard deviation of the log-ratio of a sequence, nats")
+    axes.set_xlabel("standard deviation of the log-ratio of a sequence, nats; 0 stands at 1e-10")
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
 
