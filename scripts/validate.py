@@ -59,6 +59,7 @@ from trl_gspo import GSPOConfig, GSPOTrainer, turn_reward  # noqa: E402
 from trl_gspo.clip_range import ClipRangeController  # noqa: E402
 from trl_gspo.curves import draw  # noqa: E402
 from trl_gspo.diagnostics import RatioStatistics  # noqa: E402
+from trl_gspo.host import HAS_FUSED_HEAD  # noqa: E402
 from trl_gspo.objective import gspo_loss  # noqa: E402
 from trl_gspo.rewards import exact_match_reward  # noqa: E402
 
@@ -199,6 +200,8 @@ class Setting:
         own = ("rollout_func", "reward_funcs", "peft_config", "callbacks")
         arguments = {name: options.pop(name) for name in own if name in options}
         is_ours = issubclass(trainer_class, GSPOTrainer)
+        if options.get("pack_live_tokens") and not HAS_FUSED_HEAD:
+            raise SkippedError("rows are packed from TRL 1.15")
         options = dict(
             output_dir=str(self.folder / "trainer"),
             per_device_train_batch_size=8,
@@ -223,7 +226,7 @@ class Setting:
         trainer.model.train()
         if is_ours:
             trainer._find_way()
-            if trainer.args.pack_live_tokens and trainer._scorer.way != "packed":
+            if trainer.args.pack_live_tokens and HAS_FUSED_HEAD and trainer._scorer.way != "packed":
                 raise RuntimeError(f"rows are not packed: {trainer._scorer.reason}")
         return trainer
 
@@ -889,7 +892,7 @@ def check_attention(setting: Setting, implementation: str, dtype: torch.dtype) -
         raise SkippedError("flex attention has no backward pass on a CPU")
     network = copy.deepcopy(setting.deeper).to(dtype)
     network.set_attn_implementation(implementation)
-    trainer, most = setting.trainer(GSPOTrainer, network), PACKED_EPS * torch.finfo(dtype).eps
+    trainer, most = setting.trainer(GSPOTrainer, network, pack_live_tokens=True), PACKED_EPS * torch.finfo(dtype).eps
     inputs, rows = long_inputs(setting), 4
     mask = inputs["completion_mask"].bool()
     with torch.no_grad():

@@ -503,6 +503,17 @@ def test_attention_that_cannot_run_is_skipped(setting):
     assert {result.state for result in results.values()} == {"skipped"}
 
 
+def test_without_a_head_for_packed_rows_the_rest_is_checked(setting, monkeypatch):
+    for module in ("validate", "trl_gspo.trainer"):
+        monkeypatch.setattr(f"{module}.HAS_FUSED_HEAD", False)
+    names = ("trainer/sequence/packed", "attention/sdpa/float32", "trainer/function", "rollout/sequence")
+    results = results_of([check for check in validate.technical_checks("cpu") if check.name in names], setting)
+    states = {name: result.state for name, result in results.items()}
+    assert {name for name, state in states.items() if state == "skipped"} == set(names[:2])
+    assert {"trainer/function/turn", "rollout/sequence/weights", "rollout/sequence/metrics"} < states.keys()
+    assert "FAIL" not in states.values()
+
+
 def run_of(reward, **values):
     entry = {
         "loss": 0.0, "grad_norm": 1.0, "entropy": 0.5, "completions/mean_length": 6.0, "epoch": 1.0,
