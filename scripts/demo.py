@@ -32,23 +32,24 @@ PRETRAIN_STEPS, PRETRAIN_BATCH = 400, 128
 CORRUPTED = 0.7
 
 
-def prepare(seed: int) -> None:
-    started = time.time()
-    shutil.rmtree(OUTPUT, ignore_errors=True)
+def prepare(seed: int, output: Path = OUTPUT) -> None:
+    """Writes data and the pretrained model of `seed` into `output`, which is emptied first."""
+    started, base = time.time(), output / BASE_MODEL.name
+    shutil.rmtree(output, ignore_errors=True)
     # All digits of all three sets come from one stream, and a held-out prompt is in neither of the others.
     rows = {row["prompt"]: row for row in sorting_rows(40_000, seed)}
     test, train, pretraining = _split(list(rows.values()), TEST_ROWS, TRAIN_ROWS)
-    write_jsonl(OUTPUT / "data" / "test.jsonl", test)
-    write_jsonl(OUTPUT / "data" / "train.jsonl", train)
+    write_jsonl(output / "data" / "test.jsonl", test)
+    write_jsonl(output / "data" / "train.jsonl", train)
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(string.digits + "=")
     model = make_model(tokenizer, hidden_size=96)
     pretrain(model, corrupted_answers(tokenizer, pretraining, random.Random(seed)), PRETRAIN_STEPS)
-    model.save_pretrained(BASE_MODEL)
-    tokenizer.save_pretrained(BASE_MODEL)
-    (OUTPUT / "started.json").write_text(json.dumps({"started": started, "seed": seed}))
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    (output / "started.json").write_text(json.dumps({"started": started, "seed": seed}))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"pretrained  {BASE_MODEL}, {parameters} parameters, {time.time() - started:.0f} s")
+    print(f"pretrained  {base}, {parameters} parameters, {time.time() - started:.0f} s")
 
 
 def _split(rows: list, *sizes: int) -> list[list]:
