@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from accelerate import Accelerator
@@ -159,6 +160,14 @@ def test_a_writer_that_fails_leaves_no_trace_and_says_why(tmp_path):
     assert f"checkpoint-4 could not be saved in {tmp_path}: the disk, a quota or a file is full." in str(error.value)
     assert "What was saved before is as it was." in str(error.value) and isinstance(error.value.__cause__, OSError)
     assert steps(tmp_path) == [2] and is_complete(tmp_path / "checkpoint-2")
+
+
+@pytest.mark.parametrize("is_writer", [True, False])
+def test_a_process_that_did_not_fail_raises_with_the_one_that_did(is_writer, tmp_path):
+    others = SimpleNamespace(device="cpu", reduce=lambda failures, reduction: failures + 1)
+    with pytest.raises(SavingError, match="checkpoint-2 could not be saved in .*: another process says why"):
+        save(tmp_path / "checkpoint-2", lambda: None, others, is_writer, {})
+    assert not (tmp_path / "checkpoint-2").exists()
 
 
 def test_what_an_earlier_run_left_in_the_folder_is_no_part_of_a_checkpoint(tmp_path):
