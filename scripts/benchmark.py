@@ -650,10 +650,14 @@ def machine() -> str:
     return f"{cpu}, {torch.get_num_threads()} thread{gpu}; {versions}"
 
 
-def into_docs(text: str, page: Path) -> None:
+def into_docs(text: str, page: Path, begin: str = BEGIN, end: str = END) -> None:
     """Puts `text` between the two markers of a page."""
-    before, _, rest = page.read_text().partition(BEGIN)
-    page.write_text(f"{before}{BEGIN}\n{text}{END}{rest.partition(END)[2]}")
+    before, _, rest = page.read_text().partition(begin)
+    page.write_text(f"{before}{begin}\n{text}{end}{rest.partition(end)[2]}")
+
+
+def has_markers(page: Path, begin: str = BEGIN, end: str = END) -> bool:
+    return page.is_file() and end in page.read_text().partition(begin)[2]
 
 
 def chosen_cases(args: argparse.Namespace) -> list[Case]:
@@ -674,7 +678,7 @@ def _missing(cases: list[Case], page: Path | None) -> str | None:
     needs_gpu = [case.model for case in cases if case.model in GPU_MODELS]
     if needs_gpu and not torch.cuda.is_available():
         return f"{needs_gpu[0]} needs a GPU, and there is none: --models {' '.join(CPU_MODELS)}"
-    if page is not None and not (page.is_file() and END in page.read_text().partition(BEGIN)[2]):
+    if page is not None and not has_markers(page):
         return f"{page} does not hold the two lines {BEGIN!r} and {END!r}, between which the table goes."
     return None
 

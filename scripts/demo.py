@@ -37,7 +37,7 @@ def prepare(seed: int) -> None:
     shutil.rmtree(OUTPUT, ignore_errors=True)
     # All digits of all three sets come from one stream, and a held-out prompt is in neither of the others.
     rows = {row["prompt"]: row for row in sorting_rows(40_000, seed)}
-    test, train, pretraining = _split(list(rows.values()), TEST_ROWS, TRAIN_ROWS)
+    test, train, pretraining = split(list(rows.values()), TEST_ROWS, TRAIN_ROWS)
     write_jsonl(OUTPUT / "data" / "test.jsonl", test)
     write_jsonl(OUTPUT / "data" / "train.jsonl", train)
     torch.manual_seed(seed)
@@ -51,7 +51,7 @@ def prepare(seed: int) -> None:
     print(f"pretrained  {BASE_MODEL}, {parameters} parameters, {time.time() - started:.0f} s")
 
 
-def _split(rows: list, *sizes: int) -> list[list]:
+def split(rows: list, *sizes: int) -> list[list]:
     parts, start = [], 0
     for size in sizes:
         parts.append(rows[start : start + size])
