@@ -31,27 +31,24 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import fields
-from functools import cache
 from itertools import islice, product, repeat
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from benchmark import has_markers, machine  # sets the environment before anything of Hugging Face is imported
 
 import numpy as np
 import torch
 import train as train_script
 import transformers
 import yaml
-
 from datasets import Dataset
 from demo import corrupted_answers, split
 from evidence import BLOCKS, curve, markers, measures, write
+from pages import has_markers, machine
 from plot import load_logs
 from tiny import make_model, make_tokenizer, pretrain, sorting_rows
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+from transformers import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_gspo import GSPOConfig, GSPOTrainer, token_reward
@@ -128,9 +125,7 @@ def digits_rows(seed: int) -> dict[str, list[dict[str, str]]]:
 
 def last_line_reward(completions: list[str], solution: list[str], **_: Any) -> list[float]:
     """1 where the last line, of a sorted answer the only one, is the solution."""
-    return [
-        float(text.rsplit(";", 1)[-1] == right) for text, right in zip(completions, solution, strict=True)
-    ]
+    return [float(text.rsplit(";", 1)[-1] == right) for text, right in zip(completions, solution, strict=True)]
 
 
 @token_reward
@@ -219,8 +214,8 @@ class Method(NamedTuple):
 
 _TOKEN = {"importance_sampling_level": "sequence_token"}
 METHODS = {
-    # The baseline of the GSPO paper, section 5.1: "carefully tuned" clip ranges, four minibatches. The loss is averaged
-    # in each sequence and then over sequences (DeepSeekMath, equation 3).
+    # The baseline of the GSPO paper, section 5.1, with the clip range that it tuned for GRPO. The loss is averaged in
+    # each sequence and then over sequences (DeepSeekMath, equation 3).
     "grpo": Method(
         "GRPO, the GSPO paper's baseline", GRPOConfig, dict(loss_type="grpo", epsilon=0.2, epsilon_high=0.27, beta=0.0)
     ),
@@ -241,7 +236,7 @@ METHODS = {
         rewards_lines=True,
     ),
 }
-LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 # Where the controller starts when a range is looked for: near what it finds, as a stale run has few rollouts.
 TUNING_RANGE = dict(epsilon=0.02, epsilon_high=0.02, clip_fraction_target=0.15)
 
@@ -309,9 +304,7 @@ class MeasuredGRPO(GRPOTrainer):
             changes = torch.stack(changed_slots(self._experts, experts, is_live))
         clip_range = self.epsilon_low, self.epsilon_high
         minibatch = self.state.global_step - self._rollout_step
-        self._sequences.update(
-            logps, old, advantages, mask, *clip_range, minibatch=minibatch, expert_changes=changes
-        )
+        self._sequences.update(logps, old, advantages, mask, *clip_range, minibatch=minibatch, expert_changes=changes)
         if self.importance_sampling_level == "token":
             # Each token as a sequence of one.
             columns = [tensor.reshape(-1, 1) for tensor in (logps, old)]
@@ -380,9 +373,7 @@ SETTINGS = {
     ),
     "stale_16": Setting("16 minibatches, 4 iterations", "dense", 384, ("grpo", "flag", "gspo"), None, 16, 4),
 } | {
-    f"noise_{noise}": Setting(
-        f"noise of {noise} nats", "count", 80, _NOISY, MEDIUM, noise=noise, tuned_on="medium"
-    )
+    f"noise_{noise}": Setting(f"noise of {noise} nats", "count", 80, _NOISY, MEDIUM, noise=noise, tuned_on="medium")
     for noise in (0.02, 0.1, 0.3)
 }
 GUIDE = "guide"
@@ -622,7 +613,9 @@ def setting_jobs(
             method, changes = METHODS[key], dict(steps)
             if choices:
                 chosen = choices[setting.tuned_on or name][method.family]
-                wanted = ("learning_rate", "epsilon", "epsilon_high") if method.takes_tuned_range else ("learning_rate",)
+                wanted = (
+                    ("learning_rate", "epsilon", "epsilon_high") if method.takes_tuned_range else ("learning_rate",)
+                )
                 changes |= {option: chosen[option] for option in wanted}
             jobs.append(Job(f"{name}/{key}/seed_{seed}", name, key, seed, changes))
     return jobs
@@ -643,7 +636,9 @@ def guide_jobs(steps: dict[str, Any]) -> list[Job]:
 GUIDE_STEPS = {"dense": 96, "medium": 64, "long": 32}
 GUIDE_RATES, GUIDE_MINIBATCHES = (3e-4, 1e-3), (2, 8)
 # A factor of ten from one to the next, in the proportion of the paper's.
-GUIDE_RANGES = {f"{3 * scale:g}": dict(epsilon=3 * scale, epsilon_high=4 * scale) for scale in (1e-4, 1e-3, 1e-2, 1e-1)}
+GUIDE_RANGES = {
+    f"{3 * scale:g}": dict(epsilon=3 * scale, epsilon_high=4 * scale) for scale in (1e-4, 1e-3, 1e-2, 1e-1)
+}
 GUIDE_RANGES |= {"controller": TUNING_RANGE}
 
 
@@ -685,7 +680,9 @@ def large_scale(words: list[str]) -> Scale:
         ValueError: if there is no GPU, or scripts/train.py would refuse the words.
     """
     if not torch.cuda.is_available():
-        raise ValueError("`--scale large` trains a model of the hub's size and needs a GPU: leave it out, or find one.")
+        raise ValueError(
+            "`--scale large` trains a model of the hub's size and needs a GPU: leave it out, or find one."
+        )
     script_args, _, model_args, _ = train_script.parse(words)
     name = script_args.task or Path(script_args.dataset_name).stem
     return Scale({name: LARGE._replace(label=f"{model_args.model_name_or_path} on {name}")}, tuple(words))
@@ -719,7 +716,9 @@ def gather(args: argparse.Namespace, scale: Scale) -> dict[str, Any]:
     settings = {name: scale.settings[name] for name in args.settings if name != GUIDE}
 
     def finished(jobs):
-        return [(job, read_run(job, args.output)) for job in jobs if (args.output / job.folder / "summary.json").is_file()]
+        return [
+            (job, read_run(job, args.output)) for job in jobs if (args.output / job.folder / "summary.json").is_file()
+        ]
 
     names = dict.fromkeys(setting.tuned_on or name for name, setting in settings.items())
     tuning = finished(tuning_jobs(names, {}) if scale.words is None else [])
@@ -795,7 +794,9 @@ def prepare_arguments(args: argparse.Namespace, words: list[str]) -> Scale:
     if args.seeds > TUNING_SEED:
         raise ValueError(f"`--seeds {args.seeds}` would evaluate on the seed of the search: at most {TUNING_SEED}.")
     if args.step == "report" and not any(args.output.glob("*/*/*/summary.json")):
-        raise ValueError(f"`--output {args.output}` holds no finished run: `python scripts/compare.py all` makes them.")
+        raise ValueError(
+            f"`--output {args.output}` holds no finished run: `python scripts/compare.py all` makes them."
+        )
     args.jobs = args.jobs or (2 if args.scale == "small" else 1)
     if args.docs is not None:
         for block in BLOCKS:
