@@ -21,7 +21,6 @@ Exit codes: 0 done; 2 bad input, named in one line.
 
 import argparse
 import json
-import math
 import random
 import string
 import sys
@@ -33,6 +32,7 @@ from contextlib import nullcontext
 from dataclasses import fields
 from itertools import islice, product, repeat
 from multiprocessing import get_context
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +43,7 @@ import transformers
 import yaml
 from datasets import Dataset
 from demo import corrupted_answers, split
-from evidence import BLOCKS, curve, markers, measures, write
+from evidence import BLOCKS, curve, markers, measures, values_of, write
 from pages import has_markers, machine
 from plot import load_logs
 from tiny import make_model, make_tokenizer, pretrain, sorting_rows
@@ -236,7 +236,12 @@ METHODS = {
         rewards_lines=True,
     ),
 }
-LEARNING_RATES = (1e-4, 3e-4, 1e-3)
+# Of the search, by base model: factors of two around what learnt at all.
+LEARNING_RATES = {
+    "dense": (5e-5, 1e-4, 2e-4, 4e-4),
+    "moe": (5e-5, 1e-4, 2e-4, 4e-4),
+    "count": (2.5e-4, 5e-4, 1e-3),
+}
 # Where the controller starts when a range is looked for: near what it finds, as a stale run has few rollouts.
 TUNING_RANGE = dict(epsilon=0.02, epsilon_high=0.02, clip_fraction_target=0.15)
 
@@ -360,11 +365,11 @@ class Setting(NamedTuple):
 
 SHORT, MEDIUM, LONG = None, range(5, 15), range(30, 51)
 _MAIN = ("grpo", "deepseekmath", "flag", "gspo", "gspo_controlled", "gspo_token")
-_NOISY = ("grpo", "gspo", "gspo_controlled")
+_NOISY = ("grpo", "gspo")
 SETTINGS = {
     "dense": Setting("dense, 6 tokens", "dense", 160, _MAIN),
     "moe": Setting("mixture of experts, 6 tokens", "moe", 160, _MAIN),
-    "medium": Setting("dense, about 50 tokens", "count", 80, ("grpo", "gspo", "gspo_controlled"), MEDIUM),
+    "medium": Setting("dense, about 50 tokens", "count", 48, ("grpo", "gspo", "gspo_controlled"), MEDIUM),
     "long": Setting(
         "dense, about 200 tokens", "count", 48, ("grpo", "flag", "gspo", "gspo_controlled", "gspo_token_lines"), LONG
     ),
@@ -373,7 +378,7 @@ SETTINGS = {
     ),
     "stale_16": Setting("16 minibatches, 4 iterations", "dense", 384, ("grpo", "flag", "gspo"), None, 16, 4),
 } | {
-    f"noise_{noise}": Setting(f"noise of {noise} nats", "count", 80, _NOISY, MEDIUM, noise=noise, tuned_on="medium")
+    f"noise_{noise}": Setting(f"noise of {noise} nats", "count", 48, _NOISY, MEDIUM, noise=noise, tuned_on="medium")
     for noise in (0.02, 0.1, 0.3)
 }
 GUIDE = "guide"
@@ -573,33 +578,34 @@ def tuning_jobs(names: Iterable[str], steps: dict[str, Any]) -> list[Job]:
         Job(f"tuning/{name}/{family}_{rate:g}", name, family, TUNING_SEED, dict(learning_rate=rate) | more | steps)
         for name in names
         for family, more in (("grpo", {}), ("gspo", TUNING_RANGE))
-        for rate in LEARNING_RATES
+        for rate in LEARNING_RATES[SETTINGS[name].base]
     ]
 
 
 def tuned(output: Path, jobs: list[Job]) -> dict[str, dict[str, dict[str, float]]]:
-    """By setting and family, the options of the run with the highest mean reward over all its rollouts."""
-    found = {}
+    """By setting and family, the options of the run with the highest held-out accuracy."""
+    best: dict[str, dict[str, tuple]] = {}
     for job in jobs:
-        run = read_run(job, output)
-        reward = -1.0 if run["broken"] else run["measures"]["reward"]
-        best = found.setdefault(job.setting, {}).setdefault(job.method, {"reward": -1.0})
-        if reward > best["reward"]:
-            options = dict(reward=reward, learning_rate=job.changes["learning_rate"])
-            if job.method == "gspo":
-                options |= controlled_range(output / job.folder)
-            found[job.setting][job.method] = options
-    return found
+        found = best.setdefault(job.setting, {})
+        # The lower learning rate of two that are as good; a broken run has 0.
+        found[job.method] = max(
+            found.get(job.method, (-1.0, job)), (read_run(job, output)["after"], job), key=itemgetter(0)
+        )
+    return {
+        setting: {
+            family: dict(learning_rate=job.changes["learning_rate"])
+            | (controlled_range(output / job.folder) if family == "gspo" else {})
+            for family, (_, job) in found.items()
+        }
+        for setting, found in best.items()
+    }
 
 
 def controlled_range(folder: Path) -> dict[str, float]:
-    """Where the controller stood in the second half of a run, the geometric mean."""
-    logs = [entry for entry in load_logs(folder) if "gspo/epsilon_low" in entry]
-    half = logs[len(logs) // 2 :]
-    return {
-        option: float(np.exp(np.mean([math.log(entry[key]) for entry in half])))
-        for option, key in (("epsilon", "gspo/epsilon_low"), ("epsilon_high", "gspo/epsilon_high"))
-    }
+    """Where the controller stood in a run, the median."""
+    logs = load_logs(folder)
+    keys = {"epsilon": "gspo/epsilon_low", "epsilon_high": "gspo/epsilon_high"}
+    return {option: float(np.median(values_of(logs, key))) for option, key in keys.items()}
 
 
 def setting_jobs(
@@ -624,21 +630,20 @@ def setting_jobs(
 def guide_jobs(steps: dict[str, Any]) -> list[Job]:
     """Fixed clip ranges and the controller, by completion length, learning rate and minibatches."""
     jobs = []
-    for (name, count), rate, minibatches in product(GUIDE_STEPS.items(), GUIDE_RATES, GUIDE_MINIBATCHES):
+    for (name, count), minibatches in product(GUIDE_STEPS.items(), GUIDE_MINIBATCHES):
         shape = dict(max_steps=count, steps_per_generation=minibatches, logging_steps=minibatches)
-        for label, clip_range in GUIDE_RANGES.items():
+        rates = LEARNING_RATES[SETTINGS[name].base]
+        for rate, (label, clip_range) in product((rates[0], rates[-1]), GUIDE_RANGES.items()):
             folder = f"{GUIDE}/{name}/{rate:g}_{minibatches}_{label}"
             changes = dict(learning_rate=rate) | shape | clip_range | steps
             jobs.append(Job(folder, name, "gspo", TUNING_SEED, changes))
     return jobs
 
 
-GUIDE_STEPS = {"dense": 96, "medium": 64, "long": 32}
-GUIDE_RATES, GUIDE_MINIBATCHES = (3e-4, 1e-3), (2, 8)
+GUIDE_STEPS = {"dense": 96, "medium": 32, "long": 24}
+GUIDE_MINIBATCHES = (4, 8)
 # A factor of ten from one to the next, in the proportion of the paper's.
-GUIDE_RANGES = {
-    f"{3 * scale:g}": dict(epsilon=3 * scale, epsilon_high=4 * scale) for scale in (1e-4, 1e-3, 1e-2, 1e-1)
-}
+GUIDE_RANGES = {f"{3 * scale:g}": dict(epsilon=3 * scale, epsilon_high=4 * scale) for scale in (1e-4, 1e-3, 1e-2)}
 GUIDE_RANGES |= {"controller": TUNING_RANGE}
 
 
@@ -731,7 +736,7 @@ def gather(args: argparse.Namespace, scale: Scale) -> dict[str, Any]:
         "runs": [run for _, run in runs],
         "tuning": [
             dict(setting=job.setting, method=job.method, learning_rate=job.changes["learning_rate"])
-            | dict(reward=run["measures"]["reward"], broken=run["broken"])
+            | dict(accuracy=run["after"], broken=run["broken"])
             | (controlled_range(args.output / job.folder) if job.method == "gspo" else {})
             for job, run in tuning
         ],
@@ -768,6 +773,8 @@ def main(argv: list[str]) -> int:
     results = gather(args, scale)
     command = f"python scripts/compare.py {' '.join(argv)}"
     results |= dict(machine=machine(), command=command, minutes=(time.time() - started) / 60)
+    summaries = args.output.glob("*/*/**/summary.json")
+    results["taken_over"] = sum(path.stat().st_mtime < started for path in summaries)
     print(write(results, args.output, args.docs))
     return 0
 

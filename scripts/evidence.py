@@ -232,10 +232,11 @@ def setup(results: dict[str, Any]) -> str:
     """Machine, command, and what the search found."""
     seeds = sorted({run["seed"] for run in results["runs"]})
     steps = sorted({(results["settings"][run["setting"]], run["options"].get("max_steps")) for run in results["runs"]})
+    taken_over = f" ({results['taken_over']} runs taken over from before)" if results["taken_over"] else ""
     lines = [
-        f"{results['machine']}. `{results['command']}`, {results['minutes']:.0f} minutes. {len(seeds)} seeds; "
-        f"{len(results['runs'])} runs compared, {len(results['tuning'])} to search, {len(results['guide'])} for the "
-        "guide. Seconds are of the training alone, with two runs at a time.",
+        f"{results['machine']}. `{results['command']}`, {results['minutes']:.0f} minutes{taken_over}. {len(seeds)} "
+        f"seeds; {len(results['runs'])} runs compared, {len(results['tuning'])} to search, {len(results['guide'])} for "
+        "the guide. Seconds are of the training alone.",
         "",
         "Optimizer steps: " + "; ".join(f"{label} {count}" for label, count in steps) + ".",
         "",
@@ -243,13 +244,16 @@ def setup(results: dict[str, Any]) -> str:
     if results["tuning"]:
         rates = sorted({run["learning_rate"] for run in results["tuning"]})
         lines += header(
-            "mean reward of the search's seed", "", *(f"{rate:g}" for rate in rates), "clip range found there"
+            "held-out accuracy on the seed of the search",
+            "",
+            *(f"{rate:g}" for rate in rates),
+            "clip range found there",
         )
         by_family: dict[tuple[str, str], list[dict]] = {}
         for run in results["tuning"]:
             by_family.setdefault((run["setting"], run["method"]), []).append(run)
         for (setting, method), tried in by_family.items():
-            best = max(tried, key=tuning_score)
+            best = max(tried, key=lambda run: run["accuracy"])
             by_rate = {run["learning_rate"]: run for run in tried}
             cells = [tuning_cell(by_rate.get(rate), best) for rate in rates]
             found = f"{best['epsilon']:.2g}, {best['epsilon_high']:.2g}" if "epsilon" in best else "-"
@@ -257,15 +261,10 @@ def setup(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def tuning_score(run: dict[str, Any]) -> float:
-    """Mean reward over all rollouts; a broken run never wins."""
-    return -math.inf if run["broken"] or run["reward"] is None else run["reward"]
-
-
 def tuning_cell(run: dict | None, best: dict) -> str:
     if run is None:
         return "-"
-    text = "broken" if run["broken"] else f"{run['reward']:.3f}"
+    text = "broken" if run["broken"] else f"{run['accuracy']:.3f}"
     return f"**{text}**" if run is best else text
 
 
@@ -355,7 +354,7 @@ def on_noise(runs: Runs) -> str:
         "noise, nats a token", "method", "ratio noise", "accuracy less that without noise", "less GRPO's", "verdict"
     )
     for setting, noise in runs.results["noise"].items():
-        for method in (BASELINE, OURS, "gspo_controlled"):
+        for method in (BASELINE, OURS):
             if not (runs.of(setting, method) and runs.of("medium", method)):
                 continue
             lost = lost_to(runs, setting, method)
