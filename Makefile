@@ -1,6 +1,7 @@
 # make test    the tests
 # make test-exhaustive    the long ones, of which `make test` runs a part
 # make demo    trains a tiny model with GSPO on this machine's CPU: SEED=1 for another one
+# make evidence    GSPO against GRPO over five seeds, and docs/evidence.md with its figure; most of an hour
 # make lint    ruff
 # make quality    ruff, and a look at the advisories for the installed packages; AUDIT=required fails without network
 # make test-oldest-trl    the tests that compare with TRL, on the oldest TRL of the supported range
@@ -14,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 
 OLDEST_TRL := 1.14.2
 
-.PHONY: test test-exhaustive test-oldest-trl demo lint audit quality clean
+.PHONY: test test-exhaustive test-oldest-trl demo evidence lint audit quality clean
 
 $(VENV)/.done: pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +42,9 @@ demo: $(VENV)/.done
 	$(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		scripts/train.py --config configs/tiny.yaml --seed $(SEED)
 	$(VENV)/bin/python scripts/demo.py report
+
+evidence: $(VENV)/.done
+	$(VENV)/bin/python scripts/compare.py all --docs docs/evidence.md
 
 lint: $(VENV)/.done
 	$(VENV)/bin/ruff check .

@@ -235,8 +235,8 @@ def setup(results: dict[str, Any]) -> str:
     taken_over = f" ({results['taken_over']} runs taken over from before)" if results["taken_over"] else ""
     lines = [
         f"{results['machine']}. `{results['command']}`, {results['minutes']:.0f} minutes{taken_over}. {len(seeds)} "
-        f"seeds; {len(results['runs'])} runs compared, {len(results['tuning'])} to search, {len(results['guide'])} for "
-        "the guide. Seconds are of the training alone.",
+        f"seeds; {len(results['runs'])} runs compared, {len(results['tuning'])} to search, {len(results['guide'])} "
+        "for the guide. Seconds are of the training alone.",
         "",
         "Optimizer steps: " + "; ".join(f"{label} {count}" for label, count in steps) + ".",
         "",
