@@ -242,8 +242,14 @@ LEARNING_RATES = {
     "moe": (5e-5, 1e-4, 2e-4, 4e-4),
     "count": (2.5e-4, 5e-4, 1e-3),
 }
-# Where the controller starts when a range is looked for: near what it finds, as a stale run has few rollouts.
-TUNING_RANGE = dict(epsilon=0.02, epsilon_high=0.02, clip_fraction_target=0.15)
+# Where the controller starts when a range is looked for: near where it goes, as a stale run has few rollouts.
+RANGE_STARTS = {"dense": 0.05, "moe": 0.05, "count": 0.005}
+
+
+def searching(base: str) -> dict[str, float]:
+    """Options of a run that looks for a clip range."""
+    start = RANGE_STARTS[base]
+    return dict(epsilon=start, epsilon_high=start, clip_fraction_target=0.15)
 
 
 class NoisyOldLogps:
@@ -577,7 +583,7 @@ def tuning_jobs(names: Iterable[str], steps: dict[str, Any]) -> list[Job]:
     return [
         Job(f"tuning/{name}/{family}_{rate:g}", name, family, TUNING_SEED, dict(learning_rate=rate) | more | steps)
         for name in names
-        for family, more in (("grpo", {}), ("gspo", TUNING_RANGE))
+        for family, more in (("grpo", {}), ("gspo", searching(SETTINGS[name].base)))
         for rate in LEARNING_RATES[SETTINGS[name].base]
     ]
 
@@ -633,7 +639,8 @@ def guide_jobs(steps: dict[str, Any]) -> list[Job]:
     for (name, count), minibatches in product(GUIDE_STEPS.items(), GUIDE_MINIBATCHES):
         shape = dict(max_steps=count, steps_per_generation=minibatches, logging_steps=minibatches)
         rates = LEARNING_RATES[SETTINGS[name].base]
-        for rate, (label, clip_range) in product((rates[0], rates[-1]), GUIDE_RANGES.items()):
+        ranges = GUIDE_RANGES | {"controller": searching(SETTINGS[name].base)}
+        for rate, (label, clip_range) in product((rates[0], rates[-1]), ranges.items()):
             folder = f"{GUIDE}/{name}/{rate:g}_{minibatches}_{label}"
             changes = dict(learning_rate=rate) | shape | clip_range | steps
             jobs.append(Job(folder, name, "gspo", TUNING_SEED, changes))
@@ -644,7 +651,6 @@ GUIDE_STEPS = {"dense": 96, "medium": 32, "long": 24}
 GUIDE_MINIBATCHES = (4, 8)
 # A factor of ten from one to the next, in the proportion of the paper's.
 GUIDE_RANGES = {f"{3 * scale:g}": dict(epsilon=3 * scale, epsilon_high=4 * scale) for scale in (1e-4, 1e-3, 1e-2)}
-GUIDE_RANGES |= {"controller": TUNING_RANGE}
 
 
 def read_run(job: Job, output: Path) -> dict[str, Any]:

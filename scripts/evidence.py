@@ -231,14 +231,16 @@ def table(runs: Runs) -> str:
 def setup(results: dict[str, Any]) -> str:
     """Machine, command, and what the search found."""
     seeds = sorted({run["seed"] for run in results["runs"]})
-    steps = sorted({(results["settings"][run["setting"]], run["options"].get("max_steps")) for run in results["runs"]})
+    # In the order of the settings, each once.
+    steps = {run["setting"]: run["options"].get("max_steps") for run in results["runs"]}
+    steps = {label: steps[setting] for setting, label in results["settings"].items() if setting in steps}
     taken_over = f" ({results['taken_over']} runs taken over from before)" if results["taken_over"] else ""
     lines = [
-        f"{results['machine']}. `{results['command']}`, {results['minutes']:.0f} minutes{taken_over}. {len(seeds)} "
-        f"seeds; {len(results['runs'])} runs compared, {len(results['tuning'])} to search, {len(results['guide'])} "
+        f"{results['machine']}. `{results['command']}`, {results['minutes']:.0f} minutes{taken_over}. Seeds "
+        f"{', '.join(map(str, seeds))}; {len(results['runs'])} runs compared, {len(results['tuning'])} to search, {len(results['guide'])} "
         "for the guide. Seconds are of the training alone.",
         "",
-        "Optimizer steps: " + "; ".join(f"{label} {count}" for label, count in steps) + ".",
+        "Optimizer steps: " + "; ".join(f"{label} {count}" for label, count in steps.items()) + ".",
         "",
     ]
     if results["tuning"]:
@@ -514,7 +516,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
         for method, label in results["methods"].items():
             curves = [run["curve"] for run in runs.of(settings[index], method).values()]
             for axes, name in zip(pair, ("reward", "clipped"), strict=True):
-                line = draw_spread(axes, curves, name, colors[method])
+                # GSPO-token lies on GSPO where the two are one.
+                style = "--" if method == "gspo_token" else "-"
+                line = draw_spread(axes, curves, name, colors[method], style)
                 if line is not None:
                     handles.setdefault(label, line)
         pair[0].set_title(results["settings"][settings[index]], fontsize="medium")
@@ -532,7 +536,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def draw_spread(axes: Any, curves: list[dict], name: str, color: str) -> Any:
+def draw_spread(axes: Any, curves: list[dict], name: str, color: str, style: str) -> Any:
     """Mean over seeds, and the standard deviation around it; as far as the run goes that ended first."""
     length = min((len(curve["step"]) for curve in curves), default=0)
     if not length:
@@ -546,7 +550,7 @@ def draw_spread(axes: Any, curves: list[dict], name: str, color: str) -> Any:
         return None
     at, values = np.array(curves[0]["step"][:length])[is_there], values[:, is_there]
     mean, deviation = np.nanmean(values, 0), np.nanstd(values, 0)
-    (line,) = axes.plot(at, mean, color=color, linewidth=1.3)
+    (line,) = axes.plot(at, mean, style, color=color, linewidth=1.3)
     low = np.maximum(mean - deviation, mean / 10) if name == "clipped" else mean - deviation
     axes.fill_between(at, low, mean + deviation, color=color, alpha=0.15, linewidth=0)
     return line
