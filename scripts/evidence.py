@@ -230,17 +230,19 @@ def table(runs: Runs) -> str:
 
 def setup(results: dict[str, Any]) -> str:
     """Machine, command, and what the search found."""
-    seeds = sorted({run["seed"] for run in results["runs"]})
-    # In the order of the settings, each once.
+    seeds = ", ".join(map(str, sorted({run["seed"] for run in results["runs"]})))
     steps = {run["setting"]: run["options"].get("max_steps") for run in results["runs"]}
-    steps = {label: steps[setting] for setting, label in results["settings"].items() if setting in steps}
-    taken_over = f" ({results['taken_over']} runs taken over from before)" if results["taken_over"] else ""
+    counts = (
+        f"{len(results['runs'])} runs compared, {len(results['tuning'])} to search, {len(results['guide'])} to guide"
+    )
+    if results["taken_over"]:
+        counts += f", {results['taken_over']} of them taken over from before"
     lines = [
-        f"{results['machine']}. `{results['command']}`, {results['minutes']:.0f} minutes{taken_over}. Seeds "
-        f"{', '.join(map(str, seeds))}; {len(results['runs'])} runs compared, {len(results['tuning'])} to search, {len(results['guide'])} "
-        "for the guide. Seconds are of the training alone.",
+        f"{results['machine']}. `{results['command']}`, {results['minutes']:.0f} minutes: {counts}. Seeds {seeds}.",
         "",
-        "Optimizer steps: " + "; ".join(f"{label} {count}" for label, count in steps.items()) + ".",
+        "Optimizer steps: "
+        + "; ".join(f"{label} {steps.get(name)}" for name, label in results["settings"].items())
+        + ".",
         "",
     ]
     if results["tuning"]:
