@@ -270,7 +270,7 @@ def small(monkeypatch):
     monkeypatch.setattr(compare, "SORT_STEPS", 2)
     monkeypatch.setattr(compare, "SORT_ROWS", {"test": 32, "train": 256})
     monkeypatch.setattr(compare, "TEST_COMPLETIONS", 32)
-    monkeypatch.setattr(compare, "LEARNING_RATES", {"dense": (1e-4, 1e-3)})
+    monkeypatch.setattr(compare, "LEARNING_RATES", {"dense": (1e-3,)})
 
     def last_line_reward(completions, **_):  # a model of two steps gets nothing right
         return [len(set(text)) / 5 for text in completions]
@@ -286,13 +286,13 @@ def test_a_miniature_of_two_methods_is_taken_over_where_it_was_cut_off(small, mo
     assert compare.main(words) == 0
     names = {str(path.parent.relative_to(output)) for path in output.glob("*/*/**/summary.json")}
     assert names == {
-        *(f"tuning/dense/{family}_{rate}" for family in ("grpo", "gspo") for rate in ("0.0001", "0.001")),
+        *(f"tuning/dense/{family}_0.001" for family in ("grpo", "gspo")),
         *(f"dense/{method}/seed_{seed}" for method in ("grpo", "gspo") for seed in (0, 1)),
     }
     runs = {run["method"]: run for run in json.loads((output / "results.json").read_text())["runs"]}
     # What the search found is what the runs were made with.
     for method in ("grpo", "gspo"):
-        assert runs[method]["options"]["learning_rate"] in compare.LEARNING_RATES["dense"]
+        assert runs[method]["options"]["learning_rate"] == 1e-3
     assert 0 < runs["gspo"]["options"]["epsilon"] != 3e-4
     assert runs["gspo"]["measures"]["noise"] < 1e-5 and runs["grpo"]["measures"]["clipped"] is not None
     text = page.read_text()
@@ -306,17 +306,10 @@ def test_a_miniature_of_two_methods_is_taken_over_where_it_was_cut_off(small, mo
     monkeypatch.setattr(compare, "prepare", None)
     (output / "dense" / "gspo" / "seed_1" / "summary.json").unlink()
     assert compare.main(words) == 0 and started == ["dense/gspo/seed_1"]
-    # Other options make other runs.
-    started.clear()
-    words[words.index("4")] = "8"
-    words[words.index("2")] = "1"
-    assert compare.main([*words, "--jobs", "1"]) == 0
-    assert len(started) == 6 and "dense/gspo/seed_1" not in started
-
     report = ["report", *words[1:]]
     del report[report.index("--steps") : report.index("--steps") + 2]
     capsys.readouterr()
-    assert compare.main(report) == 0 and len(started) == 6
+    assert compare.main(report) == 0 and len(started) == 1
     assert capsys.readouterr().out.strip() == (output / "compare.md").read_text().strip()
 
 
