@@ -13,8 +13,8 @@ and figure into that page, between its markers. Runs in the output folder that w
 taken over, so that a command that was cut off goes on. `report` writes from finished runs alone. A run is one process
 with one thread; two at a time unless `--jobs` says otherwise.
 
-244 runs. CPU seconds of one: sorting 9, stale 9 and 18, about 50 tokens 18, about 200 tokens 63, the guide's 6, 12 and
-32; 12, 12 and 45 for the base models of each of six seeds. In all 5,400, by arithmetic 45 minutes for two processes.
+246 runs. CPU seconds of one: sorting 9, stale 9 and 18, about 50 tokens 18, about 200 tokens 63, the guide's 6, 12 and
+32; 12, 12 and 45 for the base models of each of six seeds. In all 5,600, by arithmetic 47 minutes for two processes.
 
 `--scale large` takes model, task and budget of a configuration of scripts/train.py, and a GPU. Nothing is tuned there:
 the learning rate is the configuration's, clip ranges are the papers'. It has never been run.
@@ -240,11 +240,14 @@ METHODS = {
         rewards_lines=True,
     ),
 }
-# Of the search, by base model: factors of two around what learnt at all.
+# Of the search, by the setting that is tuned: factors of two around what learnt at all.
+_SORTING = (5e-5, 1e-4, 2e-4, 4e-4)
 LEARNING_RATES = {
-    "dense": (5e-5, 1e-4, 2e-4, 4e-4),
-    "moe": (5e-5, 1e-4, 2e-4, 4e-4),
-    "count": (2.5e-4, 5e-4, 1e-3),
+    "dense": _SORTING,
+    "moe": _SORTING,
+    "stale_16": _SORTING,
+    "medium": (1.25e-4, 2.5e-4, 5e-4),
+    "long": (2.5e-4, 5e-4, 1e-3, 2e-3),
 }
 # Where the controller starts when a range is looked for: near where it goes, as a stale run has few rollouts.
 RANGE_STARTS = {"dense": 0.05, "moe": 0.05, "count": 0.005}
@@ -588,7 +591,7 @@ def tuning_jobs(names: Iterable[str], steps: dict[str, Any]) -> list[Job]:
         Job(f"tuning/{name}/{family}_{rate:g}", name, family, TUNING_SEED, dict(learning_rate=rate) | more | steps)
         for name in names
         for family, more in (("grpo", {}), ("gspo", searching(SETTINGS[name].base)))
-        for rate in LEARNING_RATES[SETTINGS[name].base]
+        for rate in LEARNING_RATES[name]
     ]
 
 
@@ -642,9 +645,9 @@ def guide_jobs(steps: dict[str, Any]) -> list[Job]:
     jobs = []
     for (name, count), minibatches in product(GUIDE_STEPS.items(), GUIDE_MINIBATCHES):
         shape = dict(max_steps=count, steps_per_generation=minibatches, logging_steps=minibatches)
-        rates = LEARNING_RATES[SETTINGS[name].base]
+        rates = LEARNING_RATES[name][::2]  # a factor of four
         ranges = GUIDE_RANGES | {"controller": searching(SETTINGS[name].base)}
-        for rate, (label, clip_range) in product((rates[0], rates[-1]), ranges.items()):
+        for rate, (label, clip_range) in product(rates, ranges.items()):
             folder = f"{GUIDE}/{name}/{rate:g}_{minibatches}_{label}"
             changes = dict(learning_rate=rate) | shape | clip_range | steps
             jobs.append(Job(folder, name, "gspo", TUNING_SEED, changes))

@@ -259,17 +259,19 @@ def setup(results: dict[str, Any]) -> str:
         for (setting, method), tried in by_family.items():
             best = max(tried, key=lambda run: run["accuracy"])
             by_rate = {run["learning_rate"]: run for run in tried}
-            cells = [tuning_cell(by_rate.get(rate), best) for rate in rates]
+            # A best one at the end of its row may not be the best there is.
+            ends = {min(by_rate), max(by_rate)}
+            cells = [tuning_cell(by_rate.get(rate), best, rate in ends) for rate in rates]
             found = f"{best['epsilon']:.2g}, {best['epsilon_high']:.2g}" if "epsilon" in best else "-"
             lines.append(row(setting, method, *cells, found))
     return "\n".join(lines) + "\n"
 
 
-def tuning_cell(run: dict | None, best: dict) -> str:
+def tuning_cell(run: dict | None, best: dict, is_end: bool) -> str:
     if run is None:
         return "-"
     text = "broken" if run["broken"] else f"{run['accuracy']:.3f}"
-    return f"**{text}**" if run is best else text
+    return f"**{text}**{' (end of the search)' * is_end}" if run is best else text
 
 
 # ---- the claims

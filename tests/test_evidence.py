@@ -226,7 +226,7 @@ def test_page_holds_what_the_results_say(tmp_path):
     for name, block in evidence.blocks(results, "evidence.png").items():
         begin, end = evidence.markers(name)
         assert f"{begin}\n\n{block}\n{end}\nprose\n" in text
-    assert "| moe | gspo | 0.800 | **0.900** | 0.01, 0.02 |" in text and "(evidence.png)" in text
+    assert "| moe | gspo | 0.800 | **0.900** (end of the search) | 0.01, 0.02 |" in text and "(evidence.png)" in text
     assert (tmp_path / "evidence.png").stat().st_size > 10_000
     evidence.write(results, tmp_path / "out", page)
     assert page.read_text() == text
