@@ -2,6 +2,7 @@
 # make test-exhaustive    the long ones, of which `make test` runs a part
 # make demo    trains a tiny model with GSPO on this machine's CPU: SEED=1 for another one
 # make validate    checks the installation, and writes outputs/validate/validate.md; a few minutes
+# make evidence    GSPO against GRPO over five seeds, and docs/evidence.md with its figure; most of an hour
 # make lint    ruff
 # make quality    ruff, and a look at the advisories for the installed packages; AUDIT=required fails without network
 # make test-oldest-trl    the tests that compare with TRL, on the oldest TRL of the supported range
@@ -15,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 
 OLDEST_TRL := 1.14.2
 
-.PHONY: test test-exhaustive test-oldest-trl demo validate lint audit quality clean
+.PHONY: test test-exhaustive test-oldest-trl demo validate evidence lint audit quality clean
 
 $(VENV)/.done: pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +46,9 @@ demo: $(VENV)/.done
 
 validate: $(VENV)/.done
 	$(VENV)/bin/python scripts/validate.py
+
+evidence: $(VENV)/.done
+	$(VENV)/bin/python scripts/compare.py all --docs docs/evidence.md
 
 lint: $(VENV)/.done
 	$(VENV)/bin/ruff check .

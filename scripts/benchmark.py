@@ -24,7 +24,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -40,9 +39,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch  # noqa: E402 - the environment has to stand before anything of Hugging Face is imported
-import transformers  # noqa: E402
-import trl  # noqa: E402
 from datasets import Dataset  # noqa: E402
+from pages import has_markers, into_docs, machine  # noqa: E402
 from tiny import make_tokenizer  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
@@ -641,21 +639,6 @@ def draw(results: list[Result], output: Path) -> None:
     plt.close(figure)
 
 
-def machine() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    cpu = f"{os.cpu_count()} cores of {names[0]}" if names else f"{os.cpu_count()} cores ({platform.machine()})"
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, TRL {trl.__version__}"
-    return f"{cpu}, {torch.get_num_threads()} thread{gpu}; {versions}"
-
-
-def into_docs(text: str, page: Path) -> None:
-    """Puts `text` between the two markers of a page."""
-    before, _, rest = page.read_text().partition(BEGIN)
-    page.write_text(f"{before}{BEGIN}\n{text}{END}{rest.partition(END)[2]}")
-
-
 def chosen_cases(args: argparse.Namespace) -> list[Case]:
     if args.quick:
         return quick_cases()
@@ -674,7 +657,7 @@ def _missing(cases: list[Case], page: Path | None) -> str | None:
     needs_gpu = [case.model for case in cases if case.model in GPU_MODELS]
     if needs_gpu and not torch.cuda.is_available():
         return f"{needs_gpu[0]} needs a GPU, and there is none: --models {' '.join(CPU_MODELS)}"
-    if page is not None and not (page.is_file() and END in page.read_text().partition(BEGIN)[2]):
+    if page is not None and not has_markers(page, BEGIN, END):
         return f"{page} does not hold the two lines {BEGIN!r} and {END!r}, between which the table goes."
     return None
 
@@ -740,7 +723,9 @@ def main(argv: list[str]) -> int:
     if args.docs is not None:
         picture = args.docs.with_suffix(".png")
         draw(results, picture)
-        into_docs(f"\n![Speed-up of the loss step]({picture.name})\n\n{heading}{table(results)}\n", args.docs)
+        into_docs(
+            f"\n![Speed-up of the loss step]({picture.name})\n\n{heading}{table(results)}\n", args.docs, BEGIN, END
+        )
     print(heading + table(results))
     for complaint in complaints if args.check else ():
         print(f"BROKEN {complaint}")

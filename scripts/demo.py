@@ -38,7 +38,7 @@ def prepare(seed: int, output: Path = OUTPUT) -> None:
     shutil.rmtree(output, ignore_errors=True)
     # All digits of all three sets come from one stream, and a held-out prompt is in neither of the others.
     rows = {row["prompt"]: row for row in sorting_rows(40_000, seed)}
-    test, train, pretraining = _split(list(rows.values()), TEST_ROWS, TRAIN_ROWS)
+    test, train, pretraining = split(list(rows.values()), TEST_ROWS, TRAIN_ROWS)
     write_jsonl(output / "data" / "test.jsonl", test)
     write_jsonl(output / "data" / "train.jsonl", train)
     torch.manual_seed(seed)
@@ -52,7 +52,7 @@ def prepare(seed: int, output: Path = OUTPUT) -> None:
     print(f"pretrained  {base}, {parameters} parameters, {time.time() - started:.0f} s")
 
 
-def _split(rows: list, *sizes: int) -> list[list]:
+def split(rows: list, *sizes: int) -> list[list]:
     parts, start = [], 0
     for size in sizes:
         parts.append(rows[start : start + size])
