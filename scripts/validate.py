@@ -43,9 +43,9 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import trl  # noqa: E402
 import yaml  # noqa: E402
-from benchmark import machine  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from demo import accuracy, prepare  # noqa: E402
+from pages import machine  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 from tiny import make_model, make_tokenizer, sorting_rows  # noqa: E402
 from torch import Tensor  # noqa: E402

@@ -311,6 +311,9 @@ def test_a_miniature_of_two_methods_is_taken_over_where_it_was_cut_off(small, mo
     capsys.readouterr()
     assert compare.main(report) == 0 and len(started) == 1
     assert capsys.readouterr().out.strip() == (output / "compare.md").read_text().strip()
+    # The page names the command that trained, not the one that wrote.
+    command = json.loads((output / "results.json").read_text())["command"]
+    assert command == f"python scripts/compare.py {' '.join(words)}"
 
 
 @pytest.mark.exhaustive
