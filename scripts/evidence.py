@@ -20,8 +20,9 @@ from scipy.special import stdtrit
 BLOCKS = ("setup", "table", "experts", "clipping", "stale", "noise", "length", "token", "guide")
 CONFIDENCE = 0.95
 BASELINE, OURS = "grpo", "gspo"
-# Rollouts at the end of a run that its entropy and length are of, and in the running mean by which falls are measured.
-LAST, SMOOTHED = 0.25, 5
+# The share of a run, at its end, that entropy and length are of; and the optimizer steps whose completions are in the
+# running mean by which falls are measured: that many completions, whether many rollouts or few.
+LAST, SMOOTHED = 0.25, 20
 
 
 # ---- one run
@@ -59,9 +60,9 @@ def measures(facts: dict[str, Any], logs: list[dict]) -> dict[str, float | None]
 
     Returns:
         `dict`: `accuracy` on held-out rows; `reward`, the mean over all rollouts; `per_rollout` and `per_step`, what
-        the accuracy gained for each rollout and for each 100 optimizer steps; `fall`, the largest fall of the smoothed
-        reward from what it had reached; `broken`, 1 or 0, by [`what_broke`]; `clipped`, `noise`, `ratio_std`, `kl_old`
-        and `experts`, means over the run; `entropy` and `length` of its last quarter; `epsilon_high_end`; `seconds`.
+        the accuracy gained for each rollout and for each 100 optimizer steps; `fall`, [`largest_fall`]; `broken`, 1
+        or 0, by [`what_broke`]; `clipped`, `noise`, `ratio_std`, `kl_old` and `experts`, means over the run; `entropy`
+        and `length` of its last quarter; `epsilon_high_end`; `seconds`.
         `None` where there was nothing to log.
     """
     rewards = values_of(logs, reward_key(logs))
@@ -76,7 +77,7 @@ def measures(facts: dict[str, Any], logs: list[dict]) -> dict[str, float | None]
         "reward": mean_of(rewards),
         "per_rollout": gain / rollouts if rollouts else None,
         "per_step": 100 * gain / steps if steps else None,
-        "fall": largest_fall(rewards) if len(rewards) else None,
+        "fall": largest_fall(rewards, smoothing(options)) if len(rewards) else None,
         "clipped": mean_of(values_of(logs, "gspo/clip_fraction/tokens")),
         "noise": mean_of(values_of(logs, "gspo/ratio/noise")),
         "ratio_std": mean_of(values_of(logs, "gspo/ratio/std")),
@@ -90,9 +91,14 @@ def measures(facts: dict[str, Any], logs: list[dict]) -> dict[str, float | None]
     }
 
 
-def largest_fall(rewards: np.ndarray) -> float:
-    """How far the running mean of the reward fell below the highest that it had had before."""
-    width = min(SMOOTHED, len(rewards))
+def smoothing(options: dict[str, Any]) -> int:
+    """Logs that hold as many completions as [`SMOOTHED`] optimizer steps of one pass over a rollout take."""
+    return max(round(SMOOTHED * options.get("num_iterations", 1) / options.get("logging_steps", 1)), 1)
+
+
+def largest_fall(rewards: np.ndarray, width: int) -> float:
+    """How far the mean reward of `width` logs fell below the highest that it had had before."""
+    width = min(width, len(rewards))
     smooth = np.convolve(rewards, np.full(width, 1 / width), mode="valid")
     return float((np.maximum.accumulate(smooth) - smooth).max())
 
@@ -121,6 +127,8 @@ class Interval(NamedTuple):
         return int(self.low > 0) - int(self.high < 0)
 
     def __str__(self) -> str:
+        if not self.count:
+            return "-"
         return f"{self.mean:+.3g} [{self.low:+.3g}, {self.high:+.3g}]" if self.count > 1 else f"{self.mean:+.3g}"
 
 

@@ -58,7 +58,7 @@ def test_interval_by_hand():
     half = 2.776445 * math.sqrt(2.5) / math.sqrt(5)
     assert (found.mean, found.low, found.high) == pytest.approx((3, 3 - half, 3 + half), abs=1e-5)
     assert str(interval([0.5])) == "+0.5" and interval([0.5]).sign == 0
-    assert math.isnan(interval([]).mean)
+    assert math.isnan(interval([]).mean) and str(interval([])) == "-"
 
 
 def test_difference_is_of_the_seeds_that_both_have():
@@ -78,8 +78,24 @@ def test_sign_of_an_interval(values, sign):
 
 
 def test_largest_fall_by_hand():
-    assert evidence.largest_fall(np.array([0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0])) == pytest.approx(0.2)
-    assert evidence.largest_fall(np.array([0.1, 0.2, 0.3])) == 0.0
+    assert evidence.largest_fall(np.array([0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]), 5) == pytest.approx(0.2)
+    assert evidence.largest_fall(np.array([0.1, 0.5, 0.3, 0.6]), 1) == pytest.approx(0.2)
+    assert evidence.largest_fall(np.array([0.1, 0.2, 0.3]), 5) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("options", "logs"),
+    [
+        (dict(logging_steps=4), 5),
+        # A log of 16 steps, four times four on the same completions.
+        (dict(logging_steps=16, num_iterations=4), 5),
+        (dict(logging_steps=64, num_iterations=4), 1),
+        (dict(logging_steps=100), 1),
+        ({}, 20),
+    ],
+)
+def test_falls_are_of_as_many_completions_everywhere(options, logs):
+    assert evidence.smoothing(options) == logs
 
 
 def test_measures_of_a_run_by_hand():
