@@ -501,7 +501,7 @@ def test_a_run_leaves_model_card_and_summary(data, model_path, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.exhaustive)])
 def test_a_signal_saves_a_checkpoint_from_which_the_run_goes_on(signum, data, model_path, tmp_path):
     output = tmp_path / "run"
     argv = run_arguments(data, model_path, output, save_strategy="no", max_steps=2000)
@@ -631,12 +631,14 @@ LR_1 = {"learning_rate": 1, "lr_scheduler_type": "constant"}
                 r"Stopped by the health watch at step 17: gspo/unscored_fraction is 1.*",
             ],
             id="NaN reward",
+            marks=pytest.mark.exhaustive,
         ),
         pytest.param(
             {"reward_funcs": "tests.faulty_reward.exploding"},
             3,
             [r"The run stops, step 9: reward_std is inf, and must be finite\. Likely cause: .*Remedy: "],
             id="exploding reward",
+            marks=pytest.mark.exhaustive,
         ),
         pytest.param(
             {"reward_funcs": "tests.faulty_reward.raising"},
@@ -660,6 +662,7 @@ LR_1 = {"learning_rate": 1, "lr_scheduler_type": "constant"}
             3,
             [r"The run stops, step 9: loss is nan, grad_norm nan; both must be finite\. Likely cause: .*Remedy: "],
             id="NaN weight",
+            marks=pytest.mark.exhaustive,
         ),
         pytest.param(
             {"reward_funcs": "tests.faulty_reward.nan_weight", "logging_steps": 100, "save_steps": 1, "max_steps": 10},
@@ -748,7 +751,7 @@ def test_weights_that_break_the_sampling_are_named(data, model_path, tmp_path):
     assert "No checkpoint was saved before it. Once the cause is mended, start anew." in printed
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_watch_can_be_turned_off(data, model_path, tmp_path):
     argv = run_arguments(data, model_path, tmp_path / "run", **LR_1, max_steps=4, health_watch="false")
     returned, printed = finished(argv)
@@ -765,7 +768,7 @@ def test_two_processes_stop_together(data, model_path, tmp_path):
     assert len(re.findall(r"Stopped by the health watch at step \d+", printed)) == 1, printed
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_reward_that_raises_ends_two_processes(data, model_path, tmp_path):
     argv = run_arguments(data, model_path, tmp_path / "run", max_steps=20, reward_funcs="tests.faulty_reward.raising")
     returned, printed = finished(argv, launcher=["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])
@@ -773,7 +776,7 @@ def test_a_reward_that_raises_ends_two_processes(data, model_path, tmp_path):
     assert "after step 8: the reward function 'raising' raised ZeroDivisionError" in printed, printed
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"needs GSM8K in {DATA}")
 def test_gsm8k_with_evaluation_kill_and_resume(model_path, tmp_path):
     output = tmp_path / "run"
@@ -874,7 +877,7 @@ def test_the_grpo_script_of_trl_with_the_class_swapped(model_path, tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_grpo_example_of_trl_with_the_class_swapped(model_path, tmp_path):
     import importlib.metadata
 

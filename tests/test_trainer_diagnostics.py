@@ -388,7 +388,7 @@ def by_rollout(trainer, name):
     return [entry[f"gspo/{name}"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("start", [0.2, 1e-5])
+@pytest.mark.parametrize("start", [0.2, pytest.param(1e-5, marks=pytest.mark.exhaustive)])
 def test_it_brings_a_run_to_the_target_and_holds_it(start, model_path, tmp_path):
     trainer = control(
         tmp_path,
@@ -521,26 +521,36 @@ def test_the_metrics_cost_at_most_two_percent_of_the_loss_step(tokenizer, datase
         "old_per_token_logps": torch.full((rows, length), -4.6),
         "num_items_in_batch": torch.tensor(rows * length),
     }
-    update = RatioStatistics.update
+    update, log, spent = RatioStatistics.update, trainer.log, []
+
+    def timed(function):
+        def run(*args, **kwargs):
+            start = time.process_time()
+            result = function(*args, **kwargs)
+            spent.append(time.process_time() - start)
+            return result
+
+        return run
 
     def seconds(with_metrics):
-        monkeypatch.setattr(RatioStatistics, "update", update if with_metrics else lambda *args, **kwargs: None)
-        start = time.perf_counter()
+        """CPU time of a step, which neighbours on the machine do not lengthen, and of what measures and logs in it."""
+        spent.clear()
+        replacement = timed(update) if with_metrics else lambda *args, **kwargs: None
+        monkeypatch.setattr(RatioStatistics, "update", replacement)
+        start = time.process_time()
         trainer.compute_loss(trainer.model, dict(batch)).backward()
         # A log after each step is the most that there can be. Without an update it has nothing to reduce.
-        trainer.log({"loss": 0.0})
-        taken = time.perf_counter() - start
+        timed(log)({"loss": 0.0})
+        taken = time.process_time() - start
         trainer.model.zero_grad()
         assert ("gspo/ratio/mean" in trainer.state.log_history[-1]) == with_metrics
-        return taken
+        assert len(spent) == 1 + with_metrics
+        return taken, sum(spent)
 
-    for _ in range(3):
-        seconds(True), seconds(False)
-    # Each pair in both orders, so that a drift of the machine's clock falls on both.
-    with_metrics, without = [], []
-    for repeat in range(40):
-        for is_on in (True, False) if repeat % 2 else (False, True):
-            (with_metrics if is_on else without).append(seconds(is_on))
-    ratio = min(with_metrics) / min(without)
-    print(f"\nminima {ratio:.4f}, medians {np.median(with_metrics) / np.median(without):.4f} of {min(without):.3f} s")
-    assert ratio < 1.02
+    # The difference of whole steps drowns in their spread, which is that of the model's kernels.
+    seconds(True), seconds(False)
+    pairs = [(seconds(True)[1], *seconds(False)) for _ in range(10)]
+    with_metrics, step, without = np.median(pairs, axis=0)
+    share = (with_metrics - without) / step
+    print(f"\n{100 * share:.2f}% of {step:.3f} s")
+    assert share < 0.02
