@@ -1,5 +1,6 @@
 """Runs a function of a file in tests/ in several processes, as `torchrun` would, on one machine or on two."""
 
+import importlib.util
 import os
 import signal
 import socket
@@ -10,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-# DeepSpeed compiles for a minute where it runs for the first time.
 PATIENCE = 300
 
 
@@ -32,7 +32,8 @@ def run_on_ranks(
     script.write_text(
         "import sys\n"
         f"sys.path[:0] = {[str(root / 'tests'), str(root / 'scripts'), str(root)]!r}\n"
-        "import conftest\n"
+        "import conftest, ranks\n"
+        "ranks.without_a_compiler()\n"
         f"from {function.__module__} import {function.__name__}\n"
         f"{function.__name__}(*{tuple(map(str, arguments))!r})\n"
     )
@@ -62,6 +63,14 @@ def run_on_ranks(
         _end(processes)
     # Of two machines the one that failed by itself says why; the other, that it lost its peer.
     assert not any(codes), f"exit codes {codes}\n" + "\n".join(log.read_text()[-8000:] for log in logs)
+
+
+def without_a_compiler() -> None:
+    """Has DeepSpeed use gloo's collectives on CPU: its own it would compile first, for most of a minute."""
+    if importlib.util.find_spec("deepspeed") is not None:
+        from deepspeed.ops import __compatible_ops__
+
+        __compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def run_on_two_ranks(function: Callable, folder: Path, *arguments) -> None:

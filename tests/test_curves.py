@@ -251,6 +251,7 @@ def test_the_suffix_names_the_format(tmp_path):
     assert (tmp_path / "curves").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.exhaustive
 def test_the_notebook_keeps_its_backend(tmp_path):
     # In a process of its own: other tests may have chosen a backend here.
     code = f"""

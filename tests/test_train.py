@@ -759,7 +759,7 @@ def test_the_watch_can_be_turned_off(data, model_path, tmp_path):
     assert "Warning, " not in printed and (tmp_path / "run" / "summary.json").is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_processes_stop_together(data, model_path, tmp_path):
     argv = run_arguments(data, model_path, tmp_path / "run", **LR_1, save_steps=1, max_steps=20)
     returned, printed = finished(argv, launcher=["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])
@@ -922,7 +922,7 @@ def test_a_family_of_reasoning_gym_is_learnt(tmp_path):
 
 
 @needs_gsm8k
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_humaneval_end_to_end_by_its_task(model_path, tmp_path, capsys):
     """Refused without leave; trained with it; canonical solutions score 1 through the task's columns."""
     shared = [
