@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -208,6 +209,23 @@ class Opening:
 
     def __reduce__(self):
         return logging.FileHandler, (self.path,)
+
+
+def test_train_py_reads_a_checkpoint_of_deepspeed_before_the_trainer_does(
+    of_deepspeed, command, ran, monkeypatch, capsys
+):
+    torch.save({"a": Evil(ran)}, of_deepspeed / "global_step4" / "mp_rank_00_model_states.pt")
+    (of_deepspeed / "trainer_state.json").write_text(json.dumps({"global_step": 4, "max_steps": 8}))
+
+    def load(resume_from_checkpoint):
+        torch.load(of_deepspeed / "global_step4" / "mp_rank_00_model_states.pt", weights_only=False)
+
+    trainer = SimpleNamespace(is_deepspeed_enabled=True, train=load)
+    monkeypatch.setattr(train, "make_trainer", lambda *args: trainer)
+    with signals_restored():
+        assert train.main([*command(max_steps=8), "--resume_from_checkpoint", str(of_deepspeed)]) == 2
+    assert "mp_rank_00_model_states.pt is damaged, or holds something" in capsys.readouterr().err
+    assert not ran.exists()
 
 
 def test_a_class_of_another_package_is_not_deepspeeds(of_deepspeed, ran):

@@ -11,10 +11,13 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import evaluate
 import pytest
+import torch
 import train
+from test_health import Run
 from tiny import sorting_rows, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -749,6 +752,23 @@ def test_weights_that_break_the_sampling_are_named(data, model_path, tmp_path):
     assert "Traceback (most recent call last)" in printed and "probability tensor contains" in printed
     assert "The run ended after step 12: the weights hold NaN or infinity (model.embed_tokens.weight)" in printed
     assert "No checkpoint was saved before it. Once the cause is mended, start anew." in printed
+
+
+@pytest.mark.parametrize("is_watched", [True, False])
+def test_weights_that_broke_mark_the_checkpoints_that_no_log_has_proven(is_watched, tmp_path, capsys):
+    run = Run(tmp_path, resume_from_checkpoint=None)
+    run.step(save=True)
+    run.steps(run.watch.bounds.health_patience)
+    run.step(save=True)
+    proven, unproven = run.saved
+    with torch.no_grad():
+        run.model.bias[0] = math.nan
+    callbacks = SimpleNamespace(callbacks=[run.watch] if is_watched else [])
+    trainer = SimpleNamespace(model=run.model, state=run.state, args=run.args, callback_handler=callbacks)
+    assert train.fail(RuntimeError("probability tensor contains NaN"), trainer, [], run.watch, ["--config", "c"]) == 3
+    assert run.marked == ({unproven: ["not finite"]} if is_watched else {})
+    good = tmp_path / f"checkpoint-{proven if is_watched else unproven}"
+    assert f"The last good checkpoint is {good}." in capsys.readouterr().err
 
 
 @pytest.mark.exhaustive
