@@ -381,7 +381,7 @@ def test_large_scale_takes_model_task_and_budget_of_a_configuration(model_path, 
     assert compare.read_run(job, tmp_path)["measures"]["reward"] is not None
 
 
-def test_a_run_of_other_options_is_not_taken_over(tmp_path):
+def test_a_run_of_other_options_is_not_taken_over(tmp_path, monkeypatch):
     setting, made = SETTINGS["noise_0.1"], {"learning_rate": 1e-3}
     path = tmp_path / "summary.json"
     assert not compare.is_finished(path, made, setting)
@@ -389,6 +389,18 @@ def test_a_run_of_other_options_is_not_taken_over(tmp_path):
     assert compare.is_finished(path, made, setting)
     assert not compare.is_finished(path, {"learning_rate": 2e-3}, setting)
     assert not compare.is_finished(path, made, setting._replace(noise=0.2))
+
+    started = []
+    monkeypatch.setattr(compare, "train", lambda job, *args: started.append(job))
+    job = Job("run", "noise_0.1", "gspo", 0, made)
+    path = tmp_path / "run" / "summary.json"
+    path.parent.mkdir()
+    options = compare.options_of(job, setting, compare.small_problem(setting, 0, tmp_path).options)
+    for changes, count in (({}, 0), ({"max_steps": 7}, 1)):
+        facts = dict(before=0.0, after=0.0, broken=None, seconds=1.0)
+        path.write_text(json.dumps(facts | dict(options=compare.fingerprint(options | changes, setting))))
+        compare.train_missing(job, compare.SMALL, tmp_path)
+        assert len(started) == count
 
 
 def test_search_takes_the_best_accuracy_and_where_the_controller_stood(tmp_path, monkeypatch):
@@ -417,6 +429,8 @@ def test_search_takes_the_best_accuracy_and_where_the_controller_stood(tmp_path,
     assert changes["deepseekmath"] == changes["flag"] == {"learning_rate": 2e-4}
     assert changes["gspo"] == changes["gspo_token"] == choices["dense"]["gspo"]
     assert changes["gspo_controlled"] == {"learning_rate": 1e-4}
+    (job,) = compare.setting_jobs({"stale_8": SETTINGS["stale_8"]}, ["flag"], 1, {"stale_16": choices["dense"]}, {})
+    assert job.changes == {"learning_rate": 2e-4}
 
 
 def test_no_dataset_is_left_out(tmp_path):

@@ -116,6 +116,8 @@ def test_measures_of_a_run_by_hand():
     assert found["per_rollout"] == pytest.approx(0.8 / 4) and found["per_step"] == pytest.approx(0.8 / 16 * 100)
     assert found["reward"] == pytest.approx(0.5) and found["clipped"] == pytest.approx(0.25)
     assert found["entropy"] == 0.25 and found["ratio_std"] is None and found["broken"] == 0.0
+    twice = facts | dict(options=facts["options"] | dict(num_iterations=2))
+    assert evidence.measures(twice, logs)["per_rollout"] == pytest.approx(0.8 / 2)
     assert evidence.measures(facts | dict(after=0.05), logs)["broken"] == 1.0
     assert evidence.measures(facts | dict(broken="not finite"), [])["reward"] is None
 
@@ -157,6 +159,7 @@ def test_experts(base, ours, expected):
         ((0.001, 0.00101), (0.15, 0.151), ((0.9, 0.9), (0.8, 0.8)), CONTRADICTS),
         # Clipped enough, and whether it learns as well cannot be told.
         ((0.001, 0.00101), (0.15, 0.151), ((0.9, 0.9), (0.95, 0.8)), NEITHER),
+        ((0.001, 0.00101), (0.15, 0.151), ((0.9, 0.9), (1.0, 0.82)), NEITHER),
     ],
 )
 def test_clipping_needs_both_halves(base, ours, accuracies, expected):
@@ -182,6 +185,9 @@ def test_length_needs_a_difference_that_grows():
     assert evidence.on_length(Runs(make_results(*short, *long))).endswith(f"Verdict: {SUPPORTS}.\n")
     short = pairs("dense", (0.5, 0.6), (0.7, 0.801))
     assert evidence.on_length(Runs(make_results(*short, *long))).endswith(f"Verdict: {NEITHER}.\n")
+    # Behind by less than with short ones is behind.
+    short, long = pairs("dense", (0.9, 0.9), (0.5, 0.5)), pairs("long", (0.5, 0.5), (0.4, 0.4))
+    assert evidence.on_length(Runs(make_results(*short, *long))).endswith(f"Verdict: {CONTRADICTS}.\n")
 
 
 def test_stale_and_token_hold_what_was_run():
