@@ -758,8 +758,8 @@ def gather(args: argparse.Namespace, scale: Scale) -> dict[str, Any]:
         "guide": [
             dict(length=run["measures"]["length"], is_controlled="clip_fraction_target" in job.changes)
             | {name: run["options"][name] for name in ("learning_rate", "steps_per_generation", "epsilon_high")}
-            | dict(setting=job.setting, max_steps=run["options"]["max_steps"])
-            | {name: run["measures"][name] for name in ("reward", "clipped", "ratio_std", "epsilon_high_end")}
+            | dict(setting=job.setting)
+            | {name: run["measures"][name] for name in ("reward", "clipped", "epsilon_high_end")}
             for job, run in guide
         ],
     }

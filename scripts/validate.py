@@ -1,8 +1,8 @@
 """
 Checks an installation, from the objective to a tiny training run, against references of its own. No network.
 
-    python scripts/validate.py                            about three minutes; validate.md in outputs/validate
-    python scripts/validate.py --quick                    without training runs, half a minute
+    python scripts/validate.py                            about two minutes; validate.md in outputs/validate
+    python scripts/validate.py --quick                    without training runs, a quarter of a minute
     python scripts/validate.py --only host objective/clip the checks whose names begin so
 
 For whoever has just installed trl_gspo, or changed TRL, torch or this package. The references are slow loops over

@@ -213,7 +213,7 @@ def test_broken_runs_are_in_the_table():
 
 def test_guide_by_hand():
     entries = [
-        dict(setting="dense", length=6.0, learning_rate=1e-4, steps_per_generation=4, max_steps=8, ratio_std=0.1)
+        dict(setting="dense", length=6.0, learning_rate=1e-4, steps_per_generation=4)
         | dict(epsilon_high=high, is_controlled=is_controlled, reward=reward, clipped=0.15, epsilon_high_end=end)
         for high, is_controlled, reward, end in (
             (4e-4, False, 0.3, 4e-4),

@@ -334,7 +334,7 @@ def test_threads_that_hang_do_not_keep_the_process(model_path, tmp_path, monkeyp
     assert "'waiting_in_threads' took longer than 2 seconds" in ended.stderr
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_a_function_that_hangs_on_one_rank_ends_both(model_path, tmp_path):
     launcher = [
         "-m",

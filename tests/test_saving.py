@@ -129,7 +129,7 @@ def test_what_a_merge_that_was_cut_off_left_is_no_part_of_the_model(model_path, 
     assert not (tmp_path / "merged.saving").exists()
 
 
-# Runs of two processes. The first is part of every run of the tests, the others of a long one.
+# Runs of two processes. The first are part of every run of the tests, the others of a long one.
 
 ADAPTER = dict(
     use_peft="true",
@@ -139,7 +139,7 @@ ADAPTER = dict(
     merge_adapter="true",
     learning_rate=1e-2,
 )
-OFTEN = [("zero3", "moe", "full")]
+OFTEN = [("zero3", "dense", "lora"), ("zero3", "moe", "full")]
 ENGINES = ("ddp", "zero1", "zero2", "zero3")
 ALL = [(engine, kind, what) for engine in ENGINES for kind in ("dense", "moe") for what in ("full", "lora")]
 SELDOM = [run for run in ALL if run not in OFTEN]
@@ -211,7 +211,7 @@ def train_and_save(folder, model_path, moe_path, often):
 
 @pytest.fixture(scope="module")
 def folders(model_path, moe_path, tmp_path_factory):
-    """Starts the runs, that of every run of the tests, or the others together, when one is asked for."""
+    """Starts the runs, those of every run of the tests together, and the others together, when one is asked for."""
     started = {}
 
     def started_with(run):

@@ -504,7 +504,7 @@ def test_a_run_leaves_model_card_and_summary(data, model_path, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_a_checkpoint_from_which_the_run_goes_on(signum, data, model_path, tmp_path):
     output = tmp_path / "run"
     argv = run_arguments(data, model_path, output, save_strategy="no", max_steps=2000)
@@ -779,7 +779,7 @@ def test_the_watch_can_be_turned_off(data, model_path, tmp_path):
     assert "Warning, " not in printed and (tmp_path / "run" / "summary.json").is_file()
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_two_processes_stop_together(data, model_path, tmp_path):
     argv = run_arguments(data, model_path, tmp_path / "run", **LR_1, save_steps=1, max_steps=20)
     returned, printed = finished(argv, launcher=["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])

@@ -416,7 +416,6 @@ def assert_red(fault, folder, *options):
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_patched_trl_is_red(tmp_path):
     assert_red(FAULTS["max_for_min_in_trl"], tmp_path, "--only", "config", "host")
 
