@@ -7,13 +7,14 @@ t intervals; methods are compared by their difference on the same seed, which ha
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 from pages import into_docs
-from scipy.special import stdtrit
+from scipy.stats import ttest_1samp
 
 
 # What `--docs` fills in, each between markers of its own.
@@ -133,13 +134,15 @@ class Interval(NamedTuple):
 
 
 def interval(values: list[float]) -> Interval:
-    """mean ± t s / sqrt(n), t the 0.975 quantile of Student's distribution with n - 1 degrees of freedom."""
+    """Student's t interval of the mean, of no width where all values are the same."""
     count = len(values)
     mean = float(np.mean(values)) if count else math.nan
     if count < 2:
         return Interval(mean, math.nan, math.nan, count)
-    half = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2) * np.std(values, ddof=1) / math.sqrt(count))
-    return Interval(mean, mean - half, mean + half, count)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # values that are all the same
+        found = ttest_1samp(values, 0.0).confidence_interval(CONFIDENCE)
+    return Interval(mean, float(found.low), float(found.high), count)
 
 
 class Runs:
